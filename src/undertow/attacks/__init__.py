@@ -1,0 +1,1 @@
+"""Ways to search for a perturbation, and the arms of an audit."""

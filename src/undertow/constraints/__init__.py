@@ -1,0 +1,1 @@
+"""What a perturbation may not do."""

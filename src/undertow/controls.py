@@ -1,0 +1,60 @@
+"""Controls that run in every audit, on the same samples and budgets as the attacks, without any search (C-a, C-d).
+
+- `control:zero`: no perturbation at all. Whatever "recovers" here was never suppressed (P10, P18).
+- `control:random`: a random direction in the subspace of the reference constraint, with each sample's norm taken from the
+  reference arm's own perturbation at that budget.
+- `control:undo`: the closed-form undo `P (h_base - h_def)`, the clamp's own edit as far as the constraint lets it be added
+  back, scaled down to the budget where it is larger (P5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undertow.attacks.base import Problem
+from undertow.constraints.base import Constraint
+from undertow.models.perturbation import clipped, joint_norm
+
+
+def zero(problem: Problem) -> Float[Tensor, "batch slot d"]:
+    """The perturbation that is none."""
+    return torch.zeros_like(problem.stream)
+
+
+def undo(problem: Problem, constraint: Constraint, budget: Float[Tensor, " batch"]) -> Float[Tensor, "batch slot d"]:
+    """`P (h_base - h_def)` within the budget (P5, C-d)."""
+    return clipped(constraint.project(problem.base_stream - problem.stream), budget)
+
+
+def random_direction(
+    problem: Problem, constraint: Constraint, norms: Float[Tensor, " batch"], seeds: Sequence[int]
+) -> Float[Tensor, "batch slot d"]:
+    """A random direction in the constraint's subspace for each sample, at the given norms (C-a).
+
+    Args:
+        problem: the samples.
+        constraint: whose subspace.
+        norms: `[batch]` joint norm of each.
+        seeds: one for each sample, so that a sample's direction does not depend on its batch.
+    """
+    shape = problem.stream.shape[1:]
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    directions = constraint.project(torch.stack(drawn).to(problem.stream))
+    return directions * (norms / joint_norm(directions).clamp(min=1e-30))[:, None, None]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Names of the control arms, as they stand in the run log."""
+
+    zero: str = "control:zero"
+    random: str = "control:random"
+    undo: str = "control:undo"
+
+
+CONTROLS = Controls()

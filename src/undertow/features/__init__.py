@@ -1,0 +1,1 @@
+"""How the defended features are chosen."""

@@ -1,0 +1,236 @@
+"""Preflight: do this model and this SAE belong together, and is the machinery exact on them?
+
+1. quality on held-out text (`saes.quality`), against the SAE's card where there is one;
+2. clamp readback: a `set` clamp through the hook against the slow form `D(clamp(z)) + (h - D(z))`, and how much of the
+   requested change an encoder reads back from the clamped stream;
+3. gradient of the clamped stream against central differences, in the direction in which a detached error term would show
+   (P13);
+4. the suffix pass against the full pass, outputs and gradients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from undertow.defences.clamp import Clamp
+from undertow.errors import UndertowError
+from undertow.models.batch import Batch, Where
+from undertow.models.language_model import LanguageModel
+from undertow.models.load import check_model_name, load_model
+from undertow.models.perturbation import Slot, perturbation_edits
+from undertow.models.residual import run
+from undertow.models.suffix import SuffixPass
+from undertow.saes.load import check_sae_name, default_sae, load_sae, packaged_saes
+from undertow.saes.quality import Quality, measure_quality
+from undertow.saes.sae import SAE
+from undertow.texts import CORPUS, corpus_texts, texts_from_file
+
+# A pair is refused when it explains this much less variance than its card says, or, without a card, less than MIN_VARIANCE.
+CARD_SLACK, MIN_VARIANCE = 0.10, 0.30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured figure.
+
+    Attributes:
+        name: what was measured.
+        value: the figure.
+        limit: what it was held against, in words; empty where it is for information.
+        passed: whether it is within the limit.
+    """
+
+    name: str
+    value: float
+    limit: str = ""
+    passed: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """The preflight of one pair."""
+
+    model: str
+    sae: str
+    site: str
+    quality: Quality
+    checks: list[Check]
+
+    def complaints(self) -> list[str]:
+        """One phrase for each check that failed."""
+        return [
+            f"{self.sae} on {self.model}: {check.name} is {check.value:.3g}, must be {check.limit}"
+            for check in self.checks
+            if not check.passed
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as data."""
+        return {
+            "model": self.model, "sae": self.sae, "site": self.site, "checks": [asdict(c) for c in self.checks],
+            "quality": {**asdict(self.quality), "loss_recovered": self.quality.loss_recovered},
+        }  # fmt: skip
+
+    def table(self) -> Any:
+        """The report as a rich table."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.sae} on {self.model}", title_justify="left")
+        for heading, justify in (("check", "left"), ("value", "right"), ("limit", "left"), ("", "left")):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        for check in self.checks:
+            verdict = ("ok" if check.passed else "FAILED") if check.limit else ""
+            table.add_row(check.name, f"{check.value:.4g}", check.limit, verdict)
+        return table
+
+
+def check_pairs(
+    model_name: str,
+    sae_name: str | None,
+    *,
+    site: str | None,
+    text: Path | None,
+    tokens: int,
+    everything: bool,
+    write_card: bool,
+    device: str,
+    dtype: str,
+    threads: int,
+    announce: Callable[[Report], None],
+) -> list[Report]:
+    """Preflight of one SAE of a model, or with `everything` of all that are packaged for it.
+
+    Raises:
+        UndertowError: model, SAE or text cannot be read, or their widths or sites do not fit.
+    """
+    torch.set_num_threads(threads)
+    check_model_name(model_name)
+    names = [name for name in packaged_saes() if name.split("/")[0] == model_name] if everything else [sae_name]
+    if not names:
+        raise UndertowError(f"no SAE is packaged for model {model_name!r}.", "Name one with --sae instead of --all.")
+    for name in names:
+        check_sae_name(name, model_name)
+    texts = texts_from_file(text) if text else corpus_texts("held_out")
+    model = load_model(model_name, device=device, dtype=dtype)
+    reports = []
+    for name in names:
+        sae = load_sae(name or default_sae(model_name), model, site=site)
+        reports.append(check_pair(model, sae, texts, tokens))
+        announce(reports[-1])
+        if write_card:
+            _write_card(sae, reports[-1].quality, str(text) if text else f"{CORPUS.project} {CORPUS.version}, held out")
+    return reports
+
+
+def check_pair(model: LanguageModel, sae: SAE, texts: list[str], tokens: int) -> Report:
+    """All checks of a pair."""
+    quality = measure_quality(model, sae, texts, tokens)
+    # Two prompts of different length, so that padding is exercised too.
+    pieces = [model.tokenizer(text)["input_ids"][:length] for text, length in zip(texts, (24, 17), strict=False)]
+    batch = Batch.of(pieces, model.special_ids, model.device)
+    checks = [*_quality_checks(quality, sae), *_clamp_checks(model, sae, batch), *_suffix_checks(model, sae, batch)]
+    return Report(model.name, sae.name, str(sae.site), quality, checks)
+
+
+def _quality_checks(quality: Quality, sae: SAE) -> list[Check]:
+    card = sae.card.get("held_out", {})
+    least = card["explained_variance"] - CARD_SLACK if card else MIN_VARIANCE
+    variance = quality.explained_variance
+    return [
+        Check("held-out tokens", quality.tokens),
+        Check("ordinary positions", quality.ordinary_share),
+        Check("explained variance", variance, f">= {least:.2f}" + (" (card)" if card else ""), variance >= least),
+        Check("loss recovered", quality.loss_recovered),
+        Check("loss: clean", quality.loss_clean),
+        Check("loss: reconstructed", quality.loss_reconstructed),
+        Check("loss: zeroed", quality.loss_zeroed),
+        Check("L0", quality.l0),
+        Check(f"latents never active, of {sae.d_sae}", quality.dead_features),
+    ]
+
+
+def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
+    stream = SuffixPass(model, batch, sae.site, first_offset=None).entering.float()
+    where = Where.slice(batch, 0, batch.width, batch.width)
+    latents = sae.encode(stream)
+    strongest = (latents * batch.mask[..., None] * sae.ordinary(stream)[..., None]).sum((0, 1)).topk(8).indices
+    features = sae.features(strongest.tolist())
+    value = float(latents[..., strongest].max())
+    clamp = Clamp(features, "set", value, skip_special=False)
+    scope = clamp.scope(stream, where)
+
+    clamped = clamp.apply(stream, where)
+    wanted = latents.clone()
+    wanted[..., strongest] = value
+    slow = sae.decode(wanted) + (stream - sae.decode(latents))
+    readback = _relative(clamped[scope], slow[scope])
+    asked = value - latents[..., strongest][scope]
+    seen = features.read(clamped).pre[scope] - features.read(stream).pre[scope]
+    share = float((seen * asked).sum() / asked.square().sum())
+    return [
+        Check("clamp: hook against D(clamp(z)) + error", readback, "<= 1e-4", readback <= 1e-4),
+        Check("clamp: share of the change read back", share),
+        _gradient_check(clamp, stream, where),
+    ]
+
+
+def _gradient_check(clamp: Clamp, stream: Tensor, where: Where) -> Check:
+    """Directional derivative of `<w, clamp(h)>` against central differences, `w` and the direction random."""
+    generator = torch.Generator().manual_seed(0)
+    weight, direction = (torch.randn(stream.shape, generator=generator).to(stream.device) for _ in range(2))
+    leaf = stream.clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad((clamp.apply(leaf, where) * weight).sum(), leaf)
+    analytic = float((gradient.double() * direction).sum())
+    step = 1e-3 * float(stream.norm(dim=-1).median()) / direction.norm(dim=-1).mean()
+    up, down = (clamp.apply(stream + sign * step * direction, where).double() for sign in (1, -1))
+    numeric = float(((up - down) * weight).sum() / (2 * step))
+    error = abs(analytic - numeric) / max(abs(analytic), abs(numeric))
+    return Check("clamp: gradient against finite differences", error, "<= 1e-2", error <= 1e-2)
+
+
+def _suffix_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
+    slots = (Slot(sae.site, -3), Slot(sae.site, -1))
+    generator = torch.Generator().manual_seed(1)
+    suffix = SuffixPass(model, batch, sae.site, first_offset=-3)
+    size = float(suffix.entering.float().norm(dim=-1).median())
+    delta = 0.1 * size * torch.randn((batch.size, 2, model.d_model), generator=generator) / model.d_model**0.5
+    results = []
+    for fast in (True, False):
+        leaf = delta.to(model.device, model.dtype).requires_grad_()
+        with torch.enable_grad():
+            edits = perturbation_edits(slots, leaf)
+            hidden = (suffix(after=edits) if fast else run(model, batch, edits))[:, -3:]
+            weight = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view(hidden.shape)
+            (gradient,) = torch.autograd.grad((hidden.float() * weight).sum(), leaf)
+        results.append((hidden.detach(), gradient))
+    limit = 1e-5 if model.dtype == torch.float32 else 0.05
+    errors = [_relative(fast, full) for fast, full in zip(*results, strict=True)]
+    return [
+        Check(f"suffix pass against full pass: {what}", error, f"<= {limit:g}", error <= limit)
+        for what, error in zip(("output", "gradient"), errors, strict=True)
+    ]
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def _write_card(sae: SAE, quality: Quality, text: str) -> None:
+    path = Path(sae.source["folder"]) / "card.json"
+    held_out = {
+        "text": text, "tokens": quality.tokens, "explained_variance": round(quality.explained_variance, 4),
+        "loss_recovered": round(quality.loss_recovered, 4), "l0": round(quality.l0, 2),
+        "dead_features": quality.dead_features, "ordinary_share": round(quality.ordinary_share, 5),
+        "loss_clean": round(quality.loss_clean, 4), "loss_reconstructed": round(quality.loss_reconstructed, 4),
+        "loss_zeroed": round(quality.loss_zeroed, 4),
+    }  # fmt: skip
+    card = {**sae.card, "held_out": held_out, "weights_sha256": sae.source["sha256"]}
+    path.write_text(json.dumps(card, indent=2) + "\n")

@@ -1,0 +1,181 @@
+"""The run folder: a versioned, resumable record from which every table can be made again without a model (E6).
+
+    run.json             format, command, config, model, sae, clamp, task, versions, seeds, machine, counts, arms,
+    controls, verdict,
+                         warnings, seconds
+    samples.jsonl        one row for each sample x arm x budget, appended as results come
+    deltas.safetensors   every perturbation, keyed by the rows' `delta`; slots in the metadata
+
+While a run goes on, perturbations lie in `parts/`, one file for each unit of work, written before that unit's rows. A unit
+whose rows are not all there when a run is resumed is dropped and done again, so a killed run ends with the same rows as
+one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from undertow.errors import UndertowError
+
+FORMAT = 1
+RUN, SAMPLES, DELTAS, PARTS = "run.json", "samples.jsonl", "deltas.safetensors", "parts"
+
+
+class RunLog:
+    """A run folder that is being written.
+
+    Args:
+        folder: where; created when missing.
+        header: the fields of `run.json` that are known at the start, `config` among them.
+
+    Raises:
+        UndertowError: the folder cannot be written, or holds a run of another configuration or format.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        self.folder = folder
+        existing = _existing(folder)
+        if existing is not None and existing.get("config") != header["config"]:
+            raise UndertowError(
+                f"{folder} holds a run of another configuration.", "Choose another --out, or remove that folder."
+            )
+        self.finished = existing is not None and existing.get("status") == "complete"
+        self.run: dict[str, Any] = existing if existing is not None else {"format": FORMAT, "status": "running", **header}
+        try:
+            (folder / PARTS).mkdir(parents=True, exist_ok=True) if not self.finished else None
+            self._write_run() if not self.finished else None
+        except OSError as error:
+            raise UndertowError(
+                f"the run folder {folder} cannot be written ({error.strerror}).", "Choose another folder with --out."
+            ) from error
+
+    def keep_complete(self, units: dict[str, set[tuple[str, str, float]]]) -> set[str]:
+        """Drop rows of unfinished units and return the names of the finished ones.
+
+        Args:
+            units: for each unit its rows, as (sample, arm, budget).
+        """
+        rows = _rows(self.folder)
+        present = {(row["sample"], row["arm"], row["budget"]) for row in rows}
+        finished = {name for name, keys in units.items() if keys <= present and (self.folder / PARTS / _part(name)).exists()}
+        wanted = set().union(*(units[name] for name in finished)) if finished else set()
+        kept = [row for row in rows if (row["sample"], row["arm"], row["budget"]) in wanted]
+        _write_atomically(self.folder / SAMPLES, "".join(_line(row) for row in kept))
+        return finished
+
+    def append(self, unit: str, rows: Iterable[dict[str, Any]], deltas: dict[str, Tensor]) -> None:
+        """Record a unit of work: its perturbations first, then its rows in one write."""
+        target = self.folder / PARTS / _part(unit)
+        staging = target.with_suffix(".tmp")
+        save_file({key: delta.contiguous() for key, delta in deltas.items()}, staging)
+        os.replace(staging, target)
+        with (self.folder / SAMPLES).open("a") as file:
+            file.write("".join(_line(row) for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def delta(self, unit: str, key: str) -> Tensor:
+        """A perturbation of a finished unit."""
+        with safe_open(self.folder / PARTS / _part(unit), framework="pt") as file:
+            return file.get_tensor(key)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far."""
+        return _rows(self.folder)
+
+    def finish(self, facts: dict[str, Any], slots: list[dict[str, Any]]) -> None:
+        """Write the results into `run.json` and all perturbations into one file; the run is then complete."""
+        tensors: dict[str, Tensor] = {}
+        for part in sorted((self.folder / PARTS).glob("*.safetensors")):
+            tensors.update(load_file(part))
+        staging = self.folder / f".{DELTAS}"
+        save_file(tensors, staging, metadata={"format": str(FORMAT), "slots": json.dumps(slots)})
+        os.replace(staging, self.folder / DELTAS)
+        self.run.update(facts, status="complete", finished=_now())
+        self._write_run()
+        shutil.rmtree(self.folder / PARTS)
+        self.finished = True
+
+    def _write_run(self) -> None:
+        _write_atomically(self.folder / RUN, json.dumps(self.run, indent=2, allow_nan=False) + "\n")
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`run.json` and the rows of a run folder.
+
+    Raises:
+        UndertowError: it is not a run folder, or of a newer format.
+    """
+    run = _existing(folder)
+    if run is None:
+        raise UndertowError(f"{folder} is not a run folder (it has no {RUN}).", "Pass a folder made by `undertow run`.")
+    return run, _rows(folder)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the run log."""
+    packages = ("undertow", "torch", "transformers", "safetensors", "numpy", "scipy", "statsmodels")
+    return {
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "started": _now(),
+        "command": " ".join(["undertow", *sys.argv[1:]]),
+    }
+
+
+def _existing(folder: Path) -> dict[str, Any] | None:
+    path = folder / RUN
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text())
+        version = run["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UndertowError(f"{path} is not a run log: {error}.", "Remove that folder or choose another.") from error
+    if version != FORMAT:
+        raise UndertowError(f"{path} has format {version}; this undertow reads {FORMAT}.", "Use a matching version.")
+    return run
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / SAMPLES
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the process was killed while this line was being written
+            continue
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _part(unit: str) -> str:
+    return unit.replace(":", "-").replace("+", "_").replace("/", "_") + ".safetensors"
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text)
+    os.replace(staging, path)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

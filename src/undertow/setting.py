@@ -1,0 +1,119 @@
+"""What an audit is about, loaded and checked: model, SAE, data, chosen features, clamp, and its valid flips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from undertow.attacks.base import ARMS
+from undertow.behaviours.base import Behaviour
+from undertow.behaviours.rows import Rows
+from undertow.config import RunConfig
+from undertow.defences.clamp import Clamp, Clamps
+from undertow.errors import UndertowError
+from undertow.features.attribution import Selection, select_by_attribution
+from undertow.models.batch import Batch
+from undertow.models.language_model import LanguageModel
+from undertow.models.load import check_model_name, load_model
+from undertow.models.perturbation import Slot
+from undertow.saes.load import check_sae_name, load_sae
+from undertow.saes.sae import SAE
+from undertow.tasks.base import TASKS, Split, TaskData
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Everything an audit needs, loaded and checked."""
+
+    config: RunConfig
+    model: LanguageModel
+    sae: SAE
+    data: TaskData
+    selection: Selection
+    defence: Clamps
+    slots: tuple[Slot, ...]
+
+
+def check_names(config: RunConfig) -> None:
+    """Refuse names that cannot be right before anything heavy is loaded.
+
+    Raises:
+        UndertowError: an unknown arm, model or SAE.
+    """
+    for arm in config.attack.arms:
+        ARMS.get(arm)
+    check_model_name(config.model.name)
+    check_sae_name(config.sae.name, config.model.name)
+
+
+def prepare(config: RunConfig) -> Setting:
+    """Load model and SAE, build the data, choose the features, make the clamp.
+
+    Raises:
+        UndertowError: anything in the configuration that does not fit together.
+    """
+    check_names(config)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    model = load_model(config.model.name, revision=config.model.revision, device=config.model.device, dtype=config.model.dtype)
+    sae = load_sae(config.sae.name, model, site=config.sae.site, centre_input=config.sae.centre_input)
+    if config.features.method == "given":
+        sae.features(config.features.indices)
+    data = TASKS.get(config.task).build(model, config.data, config.seed)
+    return assemble(config, model, sae, data)
+
+
+def assemble(config: RunConfig, model: LanguageModel, sae: SAE, data: TaskData) -> Setting:
+    """Choose the features and make the clamp, for a model, an SAE and data that are already there."""
+    if config.features.method == "given":
+        selection = Selection(list(config.features.indices), [])
+    else:
+        batches = list(_pieces(data.selection, config.audit.batch_size))
+        selection = select_by_attribution(model, batches, sae, config.features.count, config.features.positions)
+    clamp = Clamp(
+        sae.features(selection.indices), config.clamp.rule, config.clamp.value, config.clamp.keep_error,
+        config.clamp.positions, config.clamp.skip_special,
+    )  # fmt: skip
+    slots = tuple(Slot(sae.site, offset) for offset in config.attack.offsets)
+    shortest = int(data.evaluation.batch.mask.sum(-1).min())
+    if -min(config.attack.offsets) > shortest:
+        raise UndertowError(
+            f"attack.offsets: {min(config.attack.offsets)} lies before the start of a prompt of {shortest} tokens.",
+            "Use offsets within every prompt.",
+        )
+    return Setting(config, model, sae, data, selection, Clamps((clamp,)), slots)
+
+
+def _pieces(split: Split, size: int) -> Iterator[tuple[Batch, Behaviour]]:
+    for start in range(0, split.batch.size, size):
+        rows = torch.arange(start, min(start + size, split.batch.size), device=split.batch.ids.device)
+        yield split.batch.select(rows).trimmed(), Rows(split.behaviour, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Flips:
+    """Base and defended scores of all evaluation prompts, and which of them are valid flips."""
+
+    base: Float[Tensor, " sample"]
+    defended: Float[Tensor, " sample"]
+    valid: list[int]
+    base_holds: int
+
+
+def find_flips(setting: Setting) -> Flips:
+    """`V = {x : the behaviour holds on the base model and not on the defended one}` (method.md section 1)."""
+    split, size = setting.data.evaluation, setting.config.audit.batch_size
+    scores: dict[str, list[Tensor]] = {"base": [], "defended": []}
+    for start in range(0, split.batch.size, size):
+        rows = torch.arange(start, min(start + size, split.batch.size), device=split.batch.ids.device)
+        batch = split.batch.select(rows).trimmed()
+        scores["base"].append(split.behaviour.measure(setting.model, batch, [], rows))
+        scores["defended"].append(split.behaviour.measure(setting.model, batch, setting.defence.edits(), rows))
+    base, defended = torch.cat(scores["base"]).float(), torch.cat(scores["defended"]).float()
+    held = split.behaviour.holds(base)
+    valid = held & ~split.behaviour.holds(defended)
+    return Flips(base, defended, valid.nonzero().flatten().tolist(), int(held.sum()))
