@@ -134,7 +134,9 @@ class Auditor:
         source = f"{self.reference}.{unit.batch_number:03d}"
         norms = [self.log.delta(source, f"{self.reference}/{budget:g}/{name}").double().norm() for name in names]
         seeds = [zlib.crc32(f"{self.setting.config.seed}/{name}/{budget:g}".encode()) for name in names]
-        return controls.random_direction(problem, self.reference_constraint, torch.stack(norms).to(problem.stream), seeds)
+        return controls.random_direction(
+            self.reference_constraint, problem.stream, torch.stack(norms).to(problem.stream), seeds
+        )
 
     def _verify(self, problem: Problem, defended: Measurement, delta: Tensor) -> dict[str, Tensor]:
         """The one path by which a result is measured: a full pass of the defended model with the stored perturbation."""

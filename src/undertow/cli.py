@@ -267,7 +267,12 @@ def list_parts(as_json: AsJson = False) -> None:
 
 @app.command()
 def schema(task: Annotated[str, typer.Argument(help="the task")] = "ioi") -> None:
-    """Print the JSON schema of a task's configuration file."""
+    """Print the JSON schema of a task's configuration file.
+
+    Example:
+
+        undertow schema ioi > ioi.schema.json
+    """
     with _user_errors():
         _quiet()
         from undertow.config import RunConfig

@@ -32,19 +32,18 @@ def undo(problem: Problem, constraint: Constraint, budget: Float[Tensor, " batch
 
 
 def random_direction(
-    problem: Problem, constraint: Constraint, norms: Float[Tensor, " batch"], seeds: Sequence[int]
+    constraint: Constraint, like: Float[Tensor, "batch slot d"], norms: Float[Tensor, " batch"], seeds: Sequence[int]
 ) -> Float[Tensor, "batch slot d"]:
     """A random direction in the constraint's subspace for each sample, at the given norms (C-a).
 
     Args:
-        problem: the samples.
         constraint: whose subspace.
+        like: a tensor of the shape, type and device wanted.
         norms: `[batch]` joint norm of each.
         seeds: one for each sample, so that a sample's direction does not depend on its batch.
     """
-    shape = problem.stream.shape[1:]
-    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    directions = constraint.project(torch.stack(drawn).to(problem.stream))
+    drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    directions = constraint.project(torch.stack(drawn).to(like))
     return directions * (norms / joint_norm(directions).clamp(min=1e-30))[:, None, None]
 
 

@@ -182,15 +182,21 @@ def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
 
 
 def _gradient_check(clamp: Clamp, stream: Tensor, where: Where) -> Check:
-    """Directional derivative of `<w, clamp(h)>` against central differences, `w` and the direction random."""
+    """Directional derivative of `<w, clamp(h)>` against central differences, `w` and the direction random.
+
+    Positions at which a defended latent switches on or off between the two points are left out: a JumpReLU jumps there.
+    """
     generator = torch.Generator().manual_seed(0)
     weight, direction = (torch.randn(stream.shape, generator=generator).to(stream.device) for _ in range(2))
+    step = 1e-3 * float(stream.norm(dim=-1).median() / direction.norm(dim=-1).mean())
+    points = [stream + sign * step * direction for sign in (1, -1)]
+    patterns = [clamp.features.read(point).post > 0 for point in points]
+    weight = weight * ((patterns[0] == patterns[1]).all(-1) & clamp.scope(stream, where))[..., None]
     leaf = stream.clone().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad((clamp.apply(leaf, where) * weight).sum(), leaf)
     analytic = float((gradient.double() * direction).sum())
-    step = 1e-3 * float(stream.norm(dim=-1).median()) / direction.norm(dim=-1).mean()
-    up, down = (clamp.apply(stream + sign * step * direction, where).double() for sign in (1, -1))
+    up, down = (clamp.apply(point, where).double() for point in points)
     numeric = float(((up - down) * weight).sum() / (2 * step))
     error = abs(analytic - numeric) / max(abs(analytic), abs(numeric))
     return Check("clamp: gradient against finite differences", error, "<= 1e-2", error <= 1e-2)

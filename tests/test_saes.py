@@ -1,0 +1,129 @@
+"""Reading SAEs: folding, refusals (P17, E7)."""
+
+import json
+
+import pytest
+import torch
+from conftest import D, tiny_llama, tiny_sae
+from safetensors.torch import save_file
+
+from undertow.errors import UndertowError
+from undertow.saes.activations import JumpReLU, ReLU, TopK
+from undertow.saes.load import load_sae
+from undertow.saes.quality import Quality
+from undertow.saes.saelens import load_saelens
+
+LATENTS = 40
+
+
+def write(folder, architecture="jumprelu", **changes):
+    """A SAELens folder; `changes` go to the configuration, or replace a tensor."""
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "W_enc": torch.randn(D, LATENTS, generator=generator), "b_enc": torch.randn(LATENTS, generator=generator),
+        "W_dec": torch.randn(LATENTS, D, generator=generator), "b_dec": torch.randn(D, generator=generator),
+    }  # fmt: skip
+    if architecture == "jumprelu":
+        tensors["threshold"] = torch.rand(LATENTS, generator=generator)
+    config = {
+        "architecture": architecture, "d_in": D, "d_sae": LATENTS, "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "metadata": {"hook_name": "blocks.1.hook_resid_post"},
+    }  # fmt: skip
+    for key, value in changes.items():
+        (tensors if isinstance(value, torch.Tensor) else config)[key] = value
+    save_file(tensors, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize(("architecture", "kind"), [("jumprelu", JumpReLU), ("standard", ReLU), ("topk", TopK)])
+def test_encode_and_decode_as_written(tmp_path, architecture, kind, subtract):
+    t = write(tmp_path, architecture, apply_b_dec_to_input=subtract, k=5)
+    sae = load_saelens(tmp_path, "x")
+    assert isinstance(sae.activation, kind)
+    h = torch.randn(6, D)
+    pre = (h - t["b_dec"] * subtract) @ t["W_enc"] + t["b_enc"]
+    if architecture == "jumprelu":
+        z = torch.where(pre > t["threshold"], pre.relu(), 0.0)
+    elif architecture == "topk":
+        z = torch.zeros_like(pre).scatter(-1, pre.topk(5).indices, pre.topk(5).values.relu())
+    else:
+        z = pre.relu()
+    assert torch.allclose(sae.encode(h), z, atol=1e-4)
+    assert torch.allclose(sae.decode(z), z @ t["W_dec"] + t["b_dec"], atol=1e-4)
+    features = sae.features([3, 30])
+    assert torch.allclose(features.read(h).post, z[:, [3, 30]], atol=1e-4)
+
+
+def test_float16_weights_become_float32(tmp_path):
+    """P17."""
+    t = write(tmp_path)
+    save_file({name: tensor.half() for name, tensor in t.items()}, tmp_path / "sae_weights.safetensors")
+    sae = load_saelens(tmp_path, "x")
+    assert {sae.W_enc.dtype, sae.W_dec.dtype, sae.b_enc.dtype} == {torch.float32}
+
+
+def test_centred_input_is_folded(tmp_path):
+    t = write(tmp_path, apply_b_dec_to_input=False)
+    sae = load_saelens(tmp_path, "x", centre_input=True)
+    h = torch.randn(6, D) + 5
+    pre = (h - h.mean(-1, keepdim=True)) @ t["W_enc"] + t["b_enc"]
+    assert torch.allclose(sae.features([0, 1]).read(h).pre, pre[:, :2], atol=1e-4)
+    assert torch.allclose(sae.target(h).mean(-1), torch.zeros(6), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"W_enc": torch.zeros(D, LATENTS - 1)}, r"W_enc has shape \[32, 39\], cfg.json says \[32, 40\]"),
+        ({"b_dec": torch.full((D,), float("nan"))}, "b_dec holds values that are NaN"),
+        ({"architecture": "gated"}, "architecture 'gated'"),
+        ({"normalize_activations": "layer_norm"}, "normalisation"),
+        ({"metadata": {}}, "names no hook point"),
+        ({"d_sae": "many"}, "no d_in and d_sae"),
+    ],
+)
+def test_refusals(tmp_path, changes, message):
+    write(tmp_path, **changes)
+    with pytest.raises(UndertowError, match=message):
+        load_saelens(tmp_path, "x")
+
+
+def test_truncated_pickled_and_missing_files(tmp_path):
+    write(tmp_path)
+    weights = tmp_path / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UndertowError, match="pickled"):
+        load_saelens(tmp_path, "x")
+    weights.unlink()
+    with pytest.raises(UndertowError, match="cannot be read"):
+        load_saelens(tmp_path, "x")
+    with pytest.raises(UndertowError, match=r"cfg\.json cannot be read"):
+        load_saelens(tmp_path / "nowhere", "x")
+
+
+def test_pairs_that_do_not_fit(tmp_path):
+    write(tmp_path)
+    with pytest.raises(UndertowError, match="width of 32|width 32"):
+        load_sae(str(tmp_path), tiny_llama(d=16))
+    with pytest.raises(UndertowError, match="beyond the model"):
+        load_sae(str(tmp_path), tiny_llama(), site="blocks.7.hook_resid_post")
+    with pytest.raises(UndertowError, match="'./nothing' is not a folder"):
+        load_sae("./nothing", tiny_llama())
+    with pytest.raises(UndertowError, match="no SAE is packaged for model 'tiny'"):
+        load_sae(None, tiny_llama())
+
+
+def test_jumprelu_is_strict_and_ordinary_positions_follow_the_limit():
+    from dataclasses import replace
+
+    assert JumpReLU(torch.tensor([1.0]))(torch.tensor([[1.0], [1.1]])).tolist() == [[0.0], [pytest.approx(1.1)]]
+    sae = replace(tiny_sae(), norm_limit=10.0)
+    assert sae.ordinary(torch.tensor([[[0.1] * D, [9.0] * D]])).tolist() == [[True, False]]
+
+
+def test_loss_recovered():
+    quality = Quality(100, 1.0, 0.9, 10, 0, loss_clean=3.0, loss_reconstructed=3.5, loss_zeroed=13.0)
+    assert quality.loss_recovered == pytest.approx(0.95)

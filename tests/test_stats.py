@@ -1,0 +1,61 @@
+"""Intervals (P16)."""
+
+import numpy as np
+import pytest
+
+from undertow.stats import mean_interval, rate_interval, wilson
+
+
+def test_wilson_against_published_figures():
+    """23 of 24 is [79.8, 99.3] % in the paper."""
+    assert wilson(23, 24) == pytest.approx((0.798, 0.993), abs=5e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_independent_samples_give_plain_wilson():
+    hits = [True] * 23 + [False]
+    assert rate_interval(hits, [str(i) for i in range(24)]) == pytest.approx(wilson(23, 24))
+
+
+def test_samples_of_one_source_are_not_independent():
+    """P16: 91 flips from 6 questions that agree within each question carry the weight of 6."""
+    hits = [question % 2 == 0 for question in range(6) for _ in range(15)]
+    clusters = [f"q{question}" for question in range(6) for _ in range(15)]
+    low, high = rate_interval(hits, clusters)
+    plain_low, plain_high = rate_interval(hits, [str(i) for i in range(90)])
+    assert high - low > 3 * (plain_high - plain_low)
+    assert (low, high) == pytest.approx(wilson(2.5, 5), abs=0.02)
+
+
+def test_unanimous_samples_count_as_clusters():
+    assert rate_interval([True] * 90, [f"q{i % 6}" for i in range(90)]) == pytest.approx(wilson(6, 6))
+    assert rate_interval([False] * 90, [f"q{i % 6}" for i in range(90)]) == pytest.approx(wilson(0, 6))
+
+
+def test_clusters_that_do_not_matter_cost_nothing():
+    rng = np.random.default_rng(0)
+    hits = (rng.random(600) < 0.4).tolist()
+    low, high = rate_interval(hits, [f"c{i % 60}" for i in range(600)])
+    plain = rate_interval(hits, [str(i) for i in range(600)])
+    assert high - low <= 1.4 * (plain[1] - plain[0])
+
+
+def test_coverage_of_the_clustered_interval():
+    """Beta-binomial clusters: near-nominal coverage where the plain interval fails."""
+    rng, covered, plain_covered, runs = np.random.default_rng(1), 0, 0, 300
+    for _ in range(runs):
+        rates = rng.beta(2, 2, size=20)
+        hits = [bool(rng.random() < rate) for rate in rates for _ in range(10)]
+        low, high = rate_interval(hits, [f"c{c}" for c in range(20) for _ in range(10)])
+        covered += low <= 0.5 <= high
+        low, high = rate_interval(hits, [str(i) for i in range(200)])
+        plain_covered += low <= 0.5 <= high
+    assert covered / runs >= 0.90
+    assert plain_covered / runs < 0.85
+
+
+def test_bootstrap_of_a_mean():
+    values, clusters = [1.0, 1.0, 5.0, 5.0], ["a", "a", "b", "b"]
+    assert mean_interval(values, clusters, resamples=500) == pytest.approx((1.0, 5.0))
+    assert mean_interval([2.0, 2.0], ["a", "b"]) == (2.0, 2.0)
+    assert mean_interval(values, clusters, seed=3) == mean_interval(values, clusters, seed=3)
