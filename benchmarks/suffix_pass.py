@@ -2,16 +2,16 @@
 
     python benchmarks/suffix_pass.py [--lengths 15,64,128,256] [--batch 32] [--threads 2]
 
-A step is: add a perturbation to the last position of the residual stream at half depth of SmolLM2-135M, compute a logit difference
-there, and get the perturbation's gradient. Three ways:
+A step is: add a perturbation to the last position of the residual stream at half depth of SmolLM2-135M, compute a logit
+difference there, and get the perturbation's gradient. Three ways:
 
 - suffix: `SuffixPass`, blocks above the site, last column only, two rows of the unembedding;
 - frozen: a hook on the whole model, all positions and all logits, weights frozen;
 - published: the same with weights that require gradients, as the published code runs it.
 
-The gradients of all three are compared. The share of the machine's matrix-multiply rate divides the multiplications of a suffix step
-(forward and backward through the weights of the blocks above the site) by what `torch.mm` does in the same run, once for a large
-square product and once for products of the pass's own shapes with weights that are not in the cache.
+The gradients of all three are compared. The share of the machine's matrix-multiply rate divides the multiplications of a
+suffix step (forward and backward through the weights of the blocks above the site) by what `torch.mm` does in the same
+run, once for a large square product and once for products of the pass's own shapes with weights that are not in the cache.
 
 The last line is one JSON object.
 """
@@ -123,8 +123,19 @@ def main() -> None:
         }  # fmt: skip
         results.append(row)
         print("".join(f"{value:>12.4g}" for value in row.values()), flush=True)
-    print(json.dumps({"benchmark": "suffix_pass", "batch": args.batch, "threads": args.threads,
-                      "matmul_gflops": round(large / 1e9, 1), "own_matmul_gflops": round(own / 1e9, 1), "rows": results}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "suffix_pass",
+                "batch": args.batch,
+                "threads": args.threads,
+                "matmul_gflops": round(large / 1e9, 1),
+                "own_matmul_gflops": round(own / 1e9, 1),
+                "rows": results,
+            }
+        )
+    )
+    # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ final (RMS-normed) stream times a read-out direction, so which perturbations bri
 
 - `one_route`: the read-out is the clamped feature's own direction. Forbidding that direction forbids recovery.
 - `error_route`: the read-out also has a part that no latent reads or writes: a second route, through the SAE's error.
-- `undo_route`: the feature reads along `u` but writes partly along `w`, which is what the behaviour reads. Encoder orthogonality
-  leaves `w` free; encoder-and-decoder orthogonality does not (P5).
+- `undo_route`: the feature reads along `u` but writes partly along `w`, which is what the behaviour reads. Encoder
+  orthogonality leaves `w` free; encoder-and-decoder orthogonality does not (P5).
 """
 
 from dataclasses import dataclass

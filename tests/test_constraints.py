@@ -47,7 +47,7 @@ def test_a_projected_delta_moves_no_defended_preactivation(seed, features, name,
     raw = torch.randn(batch.size, len(slots), D, generator=torch.Generator().manual_seed(seed))
     delta = constraint.project(raw)
     delta = size * delta / joint_norm(delta)[:, None, None]
-    common = (MODEL, batch, Last(), torch.arange(batch.size))
+    common = (MODEL, batch, Last())
     before = measure(*common, defence.edits(), defence, slots)
     after = measure(*common, [*defence.edits(), *perturbation_edits(slots, delta)], defence, slots)
     moved = feature_metrics(before.readings, after.readings)

@@ -111,3 +111,11 @@ def test_damaged_folders(tmp_path, content, message):
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(UndertowError, match=message):
         read_run(tmp_path)
+
+
+def test_abandoning_an_empty_run_leaves_the_users_files(setting, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    RunLog(tmp_path, header(setting)).abandon()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    RunLog(tmp_path / "new", header(setting)).abandon()
+    assert not (tmp_path / "new").exists()

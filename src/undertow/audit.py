@@ -75,23 +75,27 @@ class Auditor:
 
     def __init__(self, setting: Setting, flips: Flips, log: RunLog) -> None:
         self.setting, self.flips, self.log = setting, flips, log
+        self._problems: dict[int, tuple[Problem, Measurement]] = {}
         arms = setting.config.attack.arms
         self.reference = "encoder" if "encoder" in arms else arms[0]
         constraint = self.reference if self.reference in CONSTRAINTS.names() else "encoder"
         self.reference_constraint = CONSTRAINTS.get(constraint)(setting.slots, setting.defence.defended)
 
     def problem(self, unit: Unit) -> tuple[Problem, Measurement]:
-        """The samples of a unit as an attack problem, with their defended measurement."""
-        setting, split = self.setting, self.setting.data.evaluation
-        rows = torch.tensor(unit.samples, device=split.batch.ids.device)
-        batch = split.batch.select(rows).trimmed()
-        arguments = (setting.model, batch, split.behaviour, rows)
-        defended = measure(*arguments, list(setting.defence.edits()), setting.defence, setting.slots)
-        base = measure(*arguments, [], setting.defence, setting.slots)
+        """The samples of a unit as an attack problem, with their defended measurement; made once for each batch."""
+        if unit.batch_number not in self._problems:
+            self._problems[unit.batch_number] = self._problem(unit.samples)
+        return self._problems[unit.batch_number]
+
+    def _problem(self, samples: list[int]) -> tuple[Problem, Measurement]:
+        setting = self.setting
+        batch, behaviour = setting.data.evaluation.rows(samples)
+        common = (setting.model, batch, behaviour)
+        defended = measure(*common, setting.defence.edits(), setting.defence, setting.slots)
+        base = measure(*common, [], setting.defence, setting.slots)
         problem = Problem(
-            setting.model, batch, split.behaviour, rows, setting.defence, setting.slots, setting.config.attack.order,
-            target=base.values, stream=defended.at(setting.slots, batch.width),
-            base_stream=base.at(setting.slots, batch.width),
+            *common, setting.defence, setting.slots, setting.config.attack.order, target=base.values,
+            stream=defended.at(setting.slots, batch.width), base_stream=base.at(setting.slots, batch.width),
         )  # fmt: skip
         return problem, defended
 
@@ -141,9 +145,8 @@ class Auditor:
     def _verify(self, problem: Problem, defended: Measurement, delta: Tensor) -> dict[str, Tensor]:
         """The one path by which a result is measured: a full pass of the defended model with the stored perturbation."""
         recovered = measure(
-            problem.model, problem.batch, problem.behaviour, problem.rows, problem.edits(delta), problem.defence,
-            problem.slots,
-        )  # fmt: skip
+            problem.model, problem.batch, problem.behaviour, problem.edits(delta), problem.defence, problem.slots
+        )
         return {
             "recovered": recovered.values,
             "holds": problem.behaviour.holds(recovered.values),
@@ -190,7 +193,11 @@ def run_audit(config: RunConfig, folder: Path, progress: Progress = _silent) -> 
     if log.finished:
         return log
     progress("loading model and SAE", 0, 1)
-    return audit(prepare(config), log, progress, began)
+    try:
+        return audit(prepare(config), log, progress, began)
+    except UndertowError:
+        log.abandon()
+        raise
 
 
 def audit(setting: Setting, log: RunLog, progress: Progress = _silent, began: float | None = None) -> RunLog:
@@ -237,7 +244,8 @@ def _results(setting: Setting, flips: Flips, log: RunLog, reference: str, second
         "model": {"name": setting.model.name, "layers": setting.model.n_layers, "width": setting.model.d_model,
                   **setting.model.source},
         "sae": {"name": setting.sae.name, "site": str(setting.sae.site), "latents": setting.sae.d_sae,
-                "norm_limit": setting.sae.norm_limit, **setting.sae.source},
+                "norm_limit": setting.sae.norm_limit, "explained_variance_on_prompts": setting.explained_variance,
+                **setting.sae.source},
         "clamp": clamp,
         "seeds": {"run": config.seed, "bootstrap": config.seed},
         "counts": {"candidates": len(flips.base), "base_holds": flips.base_holds, "valid_flips": len(flips.valid)},

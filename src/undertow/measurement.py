@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from undertow.behaviours.base import Behaviour
@@ -46,14 +46,13 @@ def measure(
     model: LanguageModel,
     batch: Batch,
     behaviour: Behaviour,
-    rows: Int[Tensor, " batch"],
     edits: list[Edit],
     defence: Defence,
     slots: tuple[Slot, ...],
 ) -> Measurement:
     """Run a model in full and read behaviour, defended features and stream (P9: where the perturbation acts and after)."""
     recorders = {site: Recorder(site) for site in {*defence.defended, *(slot.site for slot in slots)}}
-    values = behaviour.measure(model, batch, [*edits, *(recorder.edit for recorder in recorders.values())], rows)
+    values = behaviour.measure(model, batch, [*edits, *(recorder.edit for recorder in recorders.values())])
     streams = {site: recorder.states for site, recorder in recorders.items()}
     first = max(0, batch.width + min(slot.offset for slot in slots))
     readings = []

@@ -30,10 +30,11 @@ from undertow.models.suffix import SuffixPass
 from undertow.saes.load import check_sae_name, default_sae, load_sae, packaged_saes
 from undertow.saes.quality import Quality, measure_quality
 from undertow.saes.sae import SAE
+from undertow.setting import MIN_VARIANCE
 from undertow.texts import CORPUS, corpus_texts, texts_from_file
 
 # A pair is refused when it explains this much less variance than its card says, or, without a card, less than MIN_VARIANCE.
-CARD_SLACK, MIN_VARIANCE = 0.10, 0.30
+CARD_SLACK = 0.10
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,11 @@ class RunLog:
             )
         self.finished = existing is not None and existing.get("status") == "complete"
         self.run: dict[str, Any] = existing if existing is not None else {"format": FORMAT, "status": "running", **header}
+        if self.finished:
+            return
         try:
-            (folder / PARTS).mkdir(parents=True, exist_ok=True) if not self.finished else None
-            self._write_run() if not self.finished else None
+            (folder / PARTS).mkdir(parents=True, exist_ok=True)
+            self._write_run()
         except OSError as error:
             raise UndertowError(
                 f"the run folder {folder} cannot be written ({error.strerror}).", "Choose another folder with --out."
@@ -96,6 +98,16 @@ class RunLog:
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far."""
         return _rows(self.folder)
+
+    def abandon(self) -> None:
+        """Take back a run in which nothing was recorded; whatever else lies in the folder stays."""
+        if self.finished or self.rows():
+            return
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        for name in (RUN, SAMPLES):
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def finish(self, facts: dict[str, Any], slots: list[dict[str, Any]]) -> None:
         """Write the results into `run.json` and all perturbations into one file; the run is then complete."""

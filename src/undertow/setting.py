@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from undertow.attacks.base import ARMS
-from undertow.behaviours.base import Behaviour
-from undertow.behaviours.rows import Rows
 from undertow.config import RunConfig
 from undertow.defences.clamp import Clamp, Clamps
 from undertow.errors import UndertowError
 from undertow.features.attribution import Selection, select_by_attribution
-from undertow.models.batch import Batch
 from undertow.models.language_model import LanguageModel
 from undertow.models.load import check_model_name, load_model
 from undertow.models.perturbation import Slot
 from undertow.saes.load import check_sae_name, load_sae
+from undertow.saes.quality import variance_explained_on
 from undertow.saes.sae import SAE
-from undertow.tasks.base import TASKS, Split, TaskData
+from undertow.tasks.base import TASKS, TaskData
+
+# An SAE that explains less of the variance on the task's own prompts does not belong to the model and site.
+MIN_VARIANCE = 0.30
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class Setting:
     selection: Selection
     defence: Clamps
     slots: tuple[Slot, ...]
+    explained_variance: float | None = None
 
 
 def check_names(config: RunConfig) -> None:
@@ -64,7 +65,20 @@ def prepare(config: RunConfig) -> Setting:
     if config.features.method == "given":
         sae.features(config.features.indices)
     data = TASKS.get(config.task).build(model, config.data, config.seed)
-    return assemble(config, model, sae, data)
+    return _belonging_together(assemble(config, model, sae, data))
+
+
+def _belonging_together(setting: Setting) -> Setting:
+    """The setting with the SAE's explained variance on the selection prompts; refused where it is hopeless."""
+    batch, _ = next(setting.data.selection.pieces(setting.config.audit.batch_size))
+    explained = variance_explained_on(setting.model, setting.sae, batch)
+    if explained < MIN_VARIANCE:
+        raise UndertowError(
+            f"SAE {setting.sae.name} explains {explained:.2f} of the variance of {setting.model.name} at "
+            f"{setting.sae.site} on the task's prompts, less than {MIN_VARIANCE}.",
+            "It was trained on another model, site or scaling; `undertow check` measures more.",
+        )
+    return replace(setting, explained_variance=explained)
 
 
 def assemble(config: RunConfig, model: LanguageModel, sae: SAE, data: TaskData) -> Setting:
@@ -72,7 +86,7 @@ def assemble(config: RunConfig, model: LanguageModel, sae: SAE, data: TaskData) 
     if config.features.method == "given":
         selection = Selection(list(config.features.indices), [])
     else:
-        batches = list(_pieces(data.selection, config.audit.batch_size))
+        batches = list(data.selection.pieces(config.audit.batch_size))
         selection = select_by_attribution(model, batches, sae, config.features.count, config.features.positions)
     clamp = Clamp(
         sae.features(selection.indices), config.clamp.rule, config.clamp.value, config.clamp.keep_error,
@@ -88,12 +102,6 @@ def assemble(config: RunConfig, model: LanguageModel, sae: SAE, data: TaskData) 
     return Setting(config, model, sae, data, selection, Clamps((clamp,)), slots)
 
 
-def _pieces(split: Split, size: int) -> Iterator[tuple[Batch, Behaviour]]:
-    for start in range(0, split.batch.size, size):
-        rows = torch.arange(start, min(start + size, split.batch.size), device=split.batch.ids.device)
-        yield split.batch.select(rows).trimmed(), Rows(split.behaviour, rows)
-
-
 @dataclass(frozen=True, eq=False)
 class Flips:
     """Base and defended scores of all evaluation prompts, and which of them are valid flips."""
@@ -106,13 +114,11 @@ class Flips:
 
 def find_flips(setting: Setting) -> Flips:
     """`V = {x : the behaviour holds on the base model and not on the defended one}` (method.md section 1)."""
-    split, size = setting.data.evaluation, setting.config.audit.batch_size
+    split, edits = setting.data.evaluation, setting.defence.edits()
     scores: dict[str, list[Tensor]] = {"base": [], "defended": []}
-    for start in range(0, split.batch.size, size):
-        rows = torch.arange(start, min(start + size, split.batch.size), device=split.batch.ids.device)
-        batch = split.batch.select(rows).trimmed()
-        scores["base"].append(split.behaviour.measure(setting.model, batch, [], rows))
-        scores["defended"].append(split.behaviour.measure(setting.model, batch, setting.defence.edits(), rows))
+    for batch, behaviour in split.pieces(setting.config.audit.batch_size):
+        scores["base"].append(behaviour.measure(setting.model, batch, []))
+        scores["defended"].append(behaviour.measure(setting.model, batch, edits))
     base, defended = torch.cat(scores["base"]).float(), torch.cat(scores["defended"]).float()
     held = split.behaviour.holds(base)
     valid = held & ~split.behaviour.holds(defended)

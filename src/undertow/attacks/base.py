@@ -37,8 +37,7 @@ class Problem:
     Attributes:
         model: the language model.
         batch: the prompts.
-        behaviour: what was suppressed.
-        rows: `[batch]` row of each sample in the behaviour.
+        behaviour: what was suppressed; its rows are the samples of the batch.
         defence: the active defence.
         slots: places that carry the perturbation.
         order: `clamp-then-delta`: added after the clamp of its site, as in the paper; `delta-then-clamp`: the clamp acts
@@ -50,7 +49,6 @@ class Problem:
     model: LanguageModel
     batch: Batch
     behaviour: Behaviour
-    rows: Int[Tensor, " batch"]
     defence: Defence
     slots: tuple[Slot, ...]
     order: Order
@@ -77,7 +75,7 @@ class BehaviourObjective(Objective):
         self._whole = SuffixPass(
             problem.model, problem.batch, first.site, problem.defence.edits(), min(s.offset for s in problem.slots)
         )
-        self._part, self._rows = self._whole, torch.arange(problem.batch.size, device=problem.rows.device)
+        self._part, self._rows = self._whole, torch.arange(problem.batch.size, device=problem.batch.ids.device)
 
     def __call__(self, delta: Float[Tensor, "active slot d"], rows: Int[Tensor, " active"]) -> Float[Tensor, " active"]:
         """Scores of the samples at `rows`. Preparations for a subset are kept until the subset changes."""
@@ -86,7 +84,7 @@ class BehaviourObjective(Objective):
         edits = perturbation_edits(self.problem.slots, delta)
         first = self.problem.order == "delta-then-clamp"
         hidden = self._part(before=edits if first else (), after=() if first else edits)
-        return self.problem.behaviour.value(self.problem.model, hidden, self.problem.rows[rows])
+        return self.problem.behaviour.value(self.problem.model, hidden, rows)
 
 
 class Attack(ABC):

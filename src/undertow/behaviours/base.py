@@ -28,11 +28,12 @@ class Behaviour(ABC):
         """The score from final hidden states, differentiable; `slice` ends with the prompt's last token."""
 
     @torch.no_grad()
-    def measure(
-        self, model: LanguageModel, batch: Batch, edits: Sequence[Edit], rows: Int[Tensor, " active"]
-    ) -> Float[Tensor, " active"]:
-        """The score of a full pass under the edits: what every reported figure is made of."""
-        return self.value(model, run(model, batch, edits), rows)
+    def measure(self, model: LanguageModel, batch: Batch, edits: Sequence[Edit]) -> Float[Tensor, " batch"]:
+        """The scores of a batch, whose samples are the behaviour's rows in order, in a full pass under the edits.
+
+        Every reported figure is made of this.
+        """
+        return self.value(model, run(model, batch, edits), torch.arange(batch.size, device=batch.ids.device))
 
     def holds(self, values: Float[Tensor, " active"]) -> Bool[Tensor, " active"]:
         """Whether the behaviour holds, from its scores: strictly positive."""

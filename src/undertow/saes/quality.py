@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from undertow.models.batch import Batch
@@ -46,6 +47,37 @@ class Quality:
         return (self.loss_zeroed - self.loss_reconstructed) / (self.loss_zeroed - self.loss_clean)
 
 
+class ExplainedVariance:
+    """`1 - sum |h - h_hat|^2 / sum |h - mean(h)|^2` over rows that come in pieces, in float64."""
+
+    def __init__(self) -> None:
+        self.rows, self._error, self._squares = 0, 0.0, 0.0
+        self._sum: Tensor | float = 0.0
+
+    def add(self, target: Float[Tensor, "row d"], reconstruction: Float[Tensor, "row d"]) -> None:
+        """Count some rows."""
+        target = target.double()
+        self.rows += len(target)
+        self._error += float((target - reconstruction.double()).square().sum())
+        self._squares += float(target.square().sum())
+        self._sum = self._sum + target.sum(0)
+
+    @property
+    def value(self) -> float:
+        """Explained variance of all rows so far."""
+        return 1 - self._error / (self._squares - float(torch.as_tensor(self._sum).square().sum()) / self.rows)
+
+
+@torch.no_grad()
+def variance_explained_on(model: LanguageModel, sae: SAE, batch: Batch) -> float:
+    """Explained variance at the ordinary positions of a batch of prompts."""
+    stream = SuffixPass(model, batch, sae.site, first_offset=None).entering
+    ordinary = batch.mask & sae.ordinary(stream)
+    explained = ExplainedVariance()
+    explained.add(sae.target(stream)[ordinary], sae.decode(sae.encode(stream))[ordinary])
+    return explained.value
+
+
 def text_batches(model: LanguageModel, texts: list[str], tokens: int) -> Iterator[Batch]:
     """Batches of windows of up to 128 tokens, each within one text, until `tokens` have been given."""
     windows, total = [], 0
@@ -67,8 +99,8 @@ def text_batches(model: LanguageModel, texts: list[str], tokens: int) -> Iterato
 def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: int) -> Quality:
     """Reconstruction quality on the first `tokens` tokens of the texts, in the model's own precision."""
     losses = {"clean": 0.0, "reconstructed": 0.0, "zeroed": 0.0}
-    error = predicted = scored = real = active = 0.0
-    moments = [torch.zeros(sae.d_model, dtype=torch.float64, device=model.device) for _ in range(2)]
+    predicted = real = active = 0.0
+    explained = ExplainedVariance()
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=model.device)
     for batch in text_batches(model, texts, tokens):
         suffix = SuffixPass(model, batch, sae.site, first_offset=None)
@@ -76,22 +108,19 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
         latents = sae.encode(stream)
         target = sae.target(stream)
         reconstruction = sae.decode(latents)
-        rows = target[ordinary].double()
-        error += float((rows - reconstruction[ordinary].double()).square().sum())
-        moments[0] += rows.sum(0)
-        moments[1] += rows.square().sum(0)
+        explained.add(target[ordinary], reconstruction[ordinary])
         fired |= (latents[ordinary] > 0).any(0)
         active += float((latents[ordinary] > 0).sum())
-        scored, real = scored + len(rows), real + int(batch.mask.sum())
+        real += int(batch.mask.sum())
         whole = reconstruction + stream.float() - target
         for name, other in (("clean", stream), ("reconstructed", whole), ("zeroed", torch.zeros_like(stream))):
             mixed = torch.where(ordinary[..., None], other.to(stream.dtype), stream)
             hidden = suffix(before=[Edit(sae.site, lambda stream, where, mixed=mixed: mixed)])
             losses[name] += _loss(model, batch, hidden)
         predicted += int(batch.mask[:, :-1].sum())
-    variance = float((moments[1] - moments[0].square() / scored).sum())
     return Quality(
-        tokens=int(real), ordinary_share=scored / real, explained_variance=1 - error / variance, l0=active / scored,
+        tokens=int(real), ordinary_share=explained.rows / real, explained_variance=explained.value,
+        l0=active / explained.rows,
         dead_features=int((~fired).sum()), loss_clean=losses["clean"] / predicted,
         loss_reconstructed=losses["reconstructed"] / predicted, loss_zeroed=losses["zeroed"] / predicted,
     )  # fmt: skip

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from undertow.behaviours.base import Behaviour
+from undertow.behaviours.rows import Rows
 from undertow.config import Section
 from undertow.models.batch import Batch
 from undertow.models.language_model import LanguageModel
@@ -28,6 +32,16 @@ class Split:
     clusters: list[str]
     batch: Batch
     behaviour: Behaviour
+
+    def rows(self, rows: Sequence[int]) -> tuple[Batch, Behaviour]:
+        """Some samples as a batch of their own, with their behaviour numbered from 0."""
+        index = torch.tensor(rows, device=self.batch.ids.device)
+        return self.batch.select(index).trimmed(), Rows(self.behaviour, index)
+
+    def pieces(self, size: int) -> Iterator[tuple[Batch, Behaviour]]:
+        """All samples, at most `size` at a time."""
+        for start in range(0, self.batch.size, size):
+            yield self.rows(range(start, min(start + size, self.batch.size)))
 
 
 @dataclass(frozen=True, eq=False)
