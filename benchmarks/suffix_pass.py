@@ -123,19 +123,11 @@ def main() -> None:
         }  # fmt: skip
         results.append(row)
         print("".join(f"{value:>12.4g}" for value in row.values()), flush=True)
-    print(
-        json.dumps(
-            {
-                "benchmark": "suffix_pass",
-                "batch": args.batch,
-                "threads": args.threads,
-                "matmul_gflops": round(large / 1e9, 1),
-                "own_matmul_gflops": round(own / 1e9, 1),
-                "rows": results,
-            }
-        )
-    )
-    # fmt: skip
+    summary = {
+        "benchmark": "suffix_pass", "batch": args.batch, "threads": args.threads, "matmul_gflops": round(large / 1e9, 1),
+        "own_matmul_gflops": round(own / 1e9, 1), "rows": results,
+    }  # fmt: skip
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

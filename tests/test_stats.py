@@ -24,12 +24,25 @@ def test_samples_of_one_source_are_not_independent():
     low, high = rate_interval(hits, clusters)
     plain_low, plain_high = rate_interval(hits, [str(i) for i in range(90)])
     assert high - low > 3 * (plain_high - plain_low)
-    assert (low, high) == pytest.approx(wilson(2.5, 5), abs=0.02)
+    assert (low, high) == pytest.approx(wilson(3, 6), abs=0.02)
 
 
 def test_unanimous_samples_count_as_clusters():
     assert rate_interval([True] * 90, [f"q{i % 6}" for i in range(90)]) == pytest.approx(wilson(6, 6))
     assert rate_interval([False] * 90, [f"q{i % 6}" for i in range(90)]) == pytest.approx(wilson(0, 6))
+
+
+def test_unanimous_samples_are_judged_by_their_scores():
+    """All 90 recovered; whether the six questions differ is still visible in the scores, and 89 of 90 is no surer than 90."""
+    rng = np.random.default_rng(0)
+    clusters = [f"q{i % 6}" for i in range(90)]
+    question, noise = rng.normal(0, 1, 6), rng.normal(0, 1, 90)
+    together = [5 + question[i % 6] + 0.05 * noise[i] for i in range(90)]
+    apart = [5 + float(noise[i]) for i in range(90)]
+    assert rate_interval([True] * 90, clusters, scores=together) == pytest.approx(wilson(6, 6), abs=0.02)
+    assert rate_interval([True] * 90, clusters, scores=apart)[0] > 0.9
+    almost = rate_interval([True] * 89 + [False], clusters, scores=[*together[:89], -0.1])
+    assert almost[0] < rate_interval([True] * 90, clusters, scores=apart)[0]
 
 
 def test_clusters_that_do_not_matter_cost_nothing():

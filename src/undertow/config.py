@@ -68,7 +68,7 @@ class AttackConfig(Section):
     arms: tuple[str, ...] = Field(default=("none", "encoder", "encoder+decoder", "published"), min_length=1)
     order: Literal["clamp-then-delta", "delta-then-clamp"] = "clamp-then-delta"
     offsets: tuple[int, ...] = Field(default=(-1,), min_length=1, description="positions that carry delta; -1 is the last")
-    budgets: tuple[float, ...] = Field(default=(0.02, 0.05, 0.1, 0.2, 0.4), min_length=1)
+    budgets: tuple[float, ...] = Field(default=(0.01, 0.02, 0.05, 0.1, 0.2), min_length=1)
     budget_unit: Literal["relative", "absolute"] = Field(default="relative", description="relative to ||h_def|| or absolute")
     steps: PositiveInt = Field(default=40, description="steps of the projected solver for each budget")
     published_steps: PositiveInt = 100

@@ -1,8 +1,10 @@
 """Intervals for rates and means, for samples that may come in clusters (P16).
 
-Rates: the Wilson interval, at an effective number of samples `n / deff`. The design effect `deff` is the ratio of the
-cluster-robust variance of the mean to the binomial one, and at least 1. When all samples agree the data cannot tell how
-far clusters agree, so the number of clusters is used as the number of samples: the cautious end.
+Rates: the Wilson interval at an effective number of samples `n / deff`. The design effect is `deff = 1 + (m - 1) rho`,
+with `m` the size-weighted mean cluster size and `rho` the intraclass correlation (one-way ANOVA estimator, at least 0) of
+the *scores* whose sign makes the outcome. Correlation of the signs cannot exceed that of the scores they are cut from, so
+this errs on the cautious side, and unlike an estimate from the outcomes it does not break down where all of them agree.
+Scores that do not vary at all give `rho = 1`.
 
 Means: the percentile bootstrap over clusters.
 """
@@ -25,31 +27,46 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
     return max(0.0, float(low)), min(1.0, float(high))
 
 
-def rate_interval(hits: Sequence[bool], clusters: Sequence[str], confidence: float = 0.95) -> Interval:
+def rate_interval(
+    hits: Sequence[bool], clusters: Sequence[str], confidence: float = 0.95, scores: Sequence[float] | None = None
+) -> Interval:
     """Wilson interval of a rate with clustered samples.
 
     Args:
         hits: one outcome for each sample.
         clusters: the cluster of each sample.
         confidence: coverage.
+        scores: the numbers whose sign is the outcome; default: the outcomes themselves.
     """
     outcomes = np.asarray(hits, dtype=float)
-    n = len(outcomes)
-    if n == 0:
+    if len(outcomes) == 0:
         return 0.0, 1.0
-    rate = outcomes.mean()
+    numbers = outcomes if scores is None else np.asarray(scores, dtype=float)
+    effective = len(outcomes) / design_effect(numbers, clusters)
+    return wilson(float(outcomes.mean()) * effective, effective, confidence)
+
+
+def design_effect(scores: np.ndarray, clusters: Sequence[str]) -> float:
+    """`1 + (m - 1) rho`; 1 where every sample is its own cluster.
+
+    Args:
+        scores: `[sample]` numbers.
+        clusters: the cluster of each sample.
+    """
     _, member = np.unique(np.asarray(clusters), return_inverse=True)
-    groups = member.max() + 1
+    sizes = np.bincount(member)
+    n, groups = len(scores), len(sizes)
+    weighted = float(np.square(sizes).sum() / n)
     if groups == n:
-        effective = float(n)
-    elif rate in (0.0, 1.0):
-        effective = float(groups)
-    else:
-        residuals = np.bincount(member, weights=outcomes - rate)
-        correction = groups / (groups - 1) if groups > 1 else n
-        robust = correction * np.square(residuals).sum() / n**2
-        effective = n / max(1.0, robust / (rate * (1 - rate) / n))
-    return wilson(rate * effective, effective, confidence)
+        return 1.0
+    if groups == 1 or np.ptp(scores) == 0:
+        return weighted
+    means = np.bincount(member, weights=scores) / sizes
+    between = (sizes * np.square(means - scores.mean())).sum() / (groups - 1)
+    within = np.square(scores - means[member]).sum() / (n - groups)
+    typical = (n - weighted) / (groups - 1)
+    rho = (between - within) / (between + (typical - 1) * within)
+    return 1 + (weighted - 1) * min(1.0, max(0.0, float(rho)))
 
 
 def mean_interval(
