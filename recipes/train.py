@@ -1,6 +1,6 @@
 """Step 2 of the SAE recipe: a BatchTopK SAE on the collected activations, saved as JumpReLU in SAELens's folder format.
 
-    python recipes/train.py --acts ACTS --layer 15 --out src/undertow/data/saes/NAME --minutes 20
+    python recipes/train.py --acts ACTS --layer 15 --out SAE_FOLDER --tokens 5000000
 
 sae-lens's own trainer (`SAETrainer`, `BatchTopKTrainingSAE`), fed from the stored rows:
 1. rows are scaled by one number so that their mean square is 1, and the decoder bias starts at their mean (the mean of

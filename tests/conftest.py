@@ -13,7 +13,7 @@ _hook.__enter__()
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from undertow.models.batch import Batch
 from undertow.models.language_model import LanguageModel
@@ -36,6 +36,16 @@ def tiny_llama(seed: int = 0, layers: int = LAYERS, d: int = D, vocab: int = VOC
     return LanguageModel.wrap(LlamaForCausalLM(config), name="tiny")
 
 
+def tiny_gpt2(seed: int = 0) -> LanguageModel:
+    """A random GPT-2: learned positions, biases, another layout."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=D, n_layer=LAYERS, n_head=4, n_positions=128, initializer_range=0.2, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return LanguageModel.wrap(GPT2LMHeadModel(config), name="tiny-gpt2")
+
+
 def tiny_sae(seed: int = 0, site: Site | None = None, d: int = D, latents: int = 96, scale: float = 1.0) -> SAE:
     """A random JumpReLU SAE whose encoder and decoder are not each other's transpose."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,9 +63,9 @@ def random_batch(seed: int = 0, lengths: tuple[int, ...] = (5, 9, 7), vocab: int
     return Batch.of([torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths], set())
 
 
-@pytest.fixture(scope="session")
-def tiny() -> LanguageModel:
-    return tiny_llama()
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def tiny(request) -> LanguageModel:
+    return {"llama": tiny_llama, "gpt2": tiny_gpt2}[request.param]()
 
 
 @pytest.fixture(scope="session")

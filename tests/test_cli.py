@@ -66,17 +66,18 @@ def test_unwritable_output_is_refused_before_loading(tmp_path):
     assert "cannot be written" in refused("run", "ioi", "--out", str(blocker / "run"))
 
 
-def test_an_sae_with_nan_is_refused(tmp_path):
+def test_a_broken_sae_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
     import torch
 
+    from undertow import setting
+
+    monkeypatch.setattr(setting, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     write(tmp_path / "sae", b_enc=torch.full((40,), float("nan")))
-    # The model is not needed to see this, but is loaded first; a tiny one is enough.
-    from conftest import tiny_llama
-
-    from undertow.saes.load import load_sae
-
-    with pytest.raises(UndertowError, match="NaN"):
-        load_sae(str(tmp_path / "sae"), tiny_llama())
+    common = ["run", "ioi", "--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "run")]
+    assert "b_enc holds values that are NaN" in refused(*common)
+    write(tmp_path / "sae")
+    assert "feature 40 is out of range" in refused(*common, "--features", "1,40")
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
 def test_no_valid_flip_says_what_to_do(tmp_path):

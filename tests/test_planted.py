@@ -56,3 +56,18 @@ def test_strict_order_clamps_again_after_delta(tmp_path):
     run = planted_audit(one_route(1), tmp_path, 1, attack={"order": "delta-then-clamp", "arms": ("none",)}).run
     assert run["verdict"]["arms"]["none"]["label"] == "held"
     assert run["arms"]["none"]["1"]["metrics"]["drift"]["max"] < 1e-5
+
+
+def test_bfloat16_weights(tmp_path):
+    """P17: perturbations are kept in float32, so the constraint holds on what is stored; rounding shows in the drift alone."""
+    from planted import planted_setting
+
+    from undertow.audit import audit
+    from undertow.runlog import RunLog
+
+    setting = planted_setting(error_route(0), attack={"arms": ("encoder",)})
+    setting.model.network.bfloat16()
+    log = audit(setting, RunLog(tmp_path, {"command": "test", "config": setting.config.model_dump(mode="json")}))
+    entry = log.run["arms"]["encoder"]["1"]
+    assert entry["recovered"] == entry["n"]
+    assert entry["metrics"]["leak"]["max"] <= 1e-5

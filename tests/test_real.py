@@ -109,9 +109,3 @@ def test_a_name_of_two_tokens_is_refused(tmp_path):
     assert result.exit_code == 2
     assert "' Bartholomewson' is" in result.stderr
     assert not (tmp_path / "run").exists(), "nothing is left behind"
-
-
-def test_a_feature_out_of_range_is_refused(tmp_path):
-    result = CliRunner().invoke(app, ["run", "ioi", "--features", "1,99999", "--out", str(tmp_path / "run")])
-    assert result.exit_code == 2
-    assert "feature 99999 is out of range" in result.stderr

@@ -66,7 +66,7 @@ SAEName = Annotated[
 Site = Annotated[Optional[str], typer.Option(help="overrides the SAE's own hook point, e.g. blocks.15.hook_resid_post")]
 Device = Annotated[Optional[str], typer.Option(help="torch device [default: cpu]")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16 [default: float32]")]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads [default: 2]")]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads [default: one for each core]")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 
 
@@ -224,7 +224,7 @@ def check(
 
         reports = check_pairs(
             model or "smollm2", sae, site=site, text=text, tokens=tokens, everything=everything,
-            write_card=write_card, device=device or "cpu", dtype=dtype or "float32", threads=threads or 2,
+            write_card=write_card, device=device or "cpu", dtype=dtype or "float32", threads=threads,
             announce=lambda report: None if as_json else _console().print(report.table()),
         )  # fmt: skip
         if as_json:

@@ -115,7 +115,7 @@ class RunConfig(Section, Generic[Data]):
     data: Data
     audit: AuditConfig = AuditConfig()
     seed: int = 0
-    threads: PositiveInt = Field(default=2, description="CPU threads")
+    threads: PositiveInt | None = Field(default=None, description="CPU threads; default: one for each core")
 
     def digest(self) -> str:
         """Eight hex digits that name this configuration; the same for every machine."""
@@ -123,7 +123,12 @@ class RunConfig(Section, Generic[Data]):
 
 
 def resolve(
-    task: str, data: type[Data], *, preset: str | None, file: Path | None, overrides: dict[str, Any]
+    task: str,
+    data: type[Data],
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> RunConfig[Data]:
     """Build a configuration: defaults, then the preset, then the file, then the overrides.
 
@@ -142,7 +147,7 @@ def resolve(
         _merge(merged, {**_preset(task, preset), "preset": preset})
     if file:
         _merge(merged, _read_yaml(file))
-    _merge(merged, overrides)
+    _merge(merged, overrides or {})
     if merged.setdefault("task", task) != task:
         raise UndertowError(f"the configuration is for task {merged['task']!r}, not {task!r}.", "Run that task.")
     try:

@@ -37,8 +37,8 @@ class Measurement:
     streams: dict[Site, Float[Tensor, "batch pos d"]]
 
     def at(self, slots: tuple[Slot, ...], prompt_width: int) -> Float[Tensor, "batch slot d"]:
-        """The stream at some slots."""
-        return torch.stack([self.streams[slot.site][:, prompt_width + slot.offset] for slot in slots], 1)
+        """The stream at some slots, in float32: perturbations are kept in it whatever the model's type."""
+        return torch.stack([self.streams[slot.site][:, prompt_width + slot.offset] for slot in slots], 1).float()
 
 
 @torch.no_grad()

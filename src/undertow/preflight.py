@@ -103,7 +103,7 @@ def check_pairs(
     write_card: bool,
     device: str,
     dtype: str,
-    threads: int,
+    threads: int | None,
     announce: Callable[[Report], None],
 ) -> list[Report]:
     """Preflight of one SAE of a model, or with `everything` of all that are packaged for it.
@@ -111,7 +111,8 @@ def check_pairs(
     Raises:
         UndertowError: model, SAE or text cannot be read, or their widths or sites do not fit.
     """
-    torch.set_num_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     check_model_name(model_name)
     names = [name for name in packaged_saes() if name.split("/")[0] == model_name] if everything else [sae_name]
     if not names:

@@ -16,7 +16,7 @@ from undertow.features.attribution import Selection, select_by_attribution
 from undertow.models.language_model import LanguageModel
 from undertow.models.load import check_model_name, load_model
 from undertow.models.perturbation import Slot
-from undertow.saes.load import check_sae_name, load_sae
+from undertow.saes.load import check_sae_name, fitted, read_sae
 from undertow.saes.quality import variance_explained_on
 from undertow.saes.sae import SAE
 from undertow.tasks.base import TASKS, TaskData
@@ -58,12 +58,15 @@ def prepare(config: RunConfig) -> Setting:
         UndertowError: anything in the configuration that does not fit together.
     """
     check_names(config)
-    torch.set_num_threads(config.threads)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    model = load_model(config.model.name, revision=config.model.revision, device=config.model.device, dtype=config.model.dtype)
-    sae = load_sae(config.sae.name, model, site=config.sae.site, centre_input=config.sae.centre_input)
+    # What can be wrong with the SAE is found before the model, which takes longer, is loaded.
+    sae = read_sae(config.sae.name, config.model.name, site=config.sae.site, centre_input=config.sae.centre_input)
     if config.features.method == "given":
         sae.features(config.features.indices)
+    model = load_model(config.model.name, revision=config.model.revision, device=config.model.device, dtype=config.model.dtype)
+    sae = fitted(sae, model)
     data = TASKS.get(config.task).build(model, config.data, config.seed)
     return _belonging_together(assemble(config, model, sae, data))
 

@@ -2,9 +2,9 @@
 
 Rates: the Wilson interval at an effective number of samples `n / deff`. The design effect is `deff = 1 + (m - 1) rho`,
 with `m` the size-weighted mean cluster size and `rho` the intraclass correlation (one-way ANOVA estimator, at least 0) of
-the *scores* whose sign makes the outcome. Correlation of the signs cannot exceed that of the scores they are cut from, so
-this errs on the cautious side, and unlike an estimate from the outcomes it does not break down where all of them agree.
-Scores that do not vary at all give `rho = 1`.
+the *scores* whose sign makes the outcome. Signs of scores that are near normal correlate less than the scores do, so this
+errs on the cautious side, and unlike an estimate from the outcomes it does not break down where all of them agree. Scores
+that do not vary at all give `rho = 1`.
 
 Means: the percentile bootstrap over clusters.
 """

@@ -31,28 +31,45 @@ def default_sae(model_name: str) -> str:
     return sorted(names, key=lambda name: int(re.findall(r"\d+", name.split("/")[1])[0]))[len(names) // 2]
 
 
-def load_sae(name: str | None, model: LanguageModel, *, site: str | None = None, centre_input: bool = False) -> SAE:
-    """An SAE, on the model's device, checked to be of the model's width and to stand at a site that it has.
+def read_sae(name: str | None, model_name: str, *, site: str | None = None, centre_input: bool = False) -> SAE:
+    """An SAE from its files, on the CPU, before any model is loaded.
 
     Args:
         name: packaged name such as `smollm2/blocks.15.hook_resid_post`, a folder in SAELens's format, or
-            `org/repository/folder` on the hub; `None` for the model's packaged default.
-        model: the model that it will read.
+            `org/repository/folder` on the hub; `None` for the packaged default of the model.
+        model_name: the model that it is for.
         site: address that overrides the one in its configuration.
         centre_input: see `load_saelens`.
 
     Raises:
-        UndertowError: it cannot be found or read, or does not fit the model.
+        UndertowError: it cannot be found or read.
     """
-    name = name or default_sae(model.name)
-    sae = load_saelens(_folder(name), name, site=site, centre_input=centre_input)
+    name = name or default_sae(model_name)
+    return load_saelens(_folder(name), name, site=site, centre_input=centre_input)
+
+
+def fitted(sae: SAE, model: LanguageModel) -> SAE:
+    """The SAE on the model's device, if it is of the model's width and at a site that the model has.
+
+    Raises:
+        UndertowError: it is not.
+    """
     sae.site.check(model.n_layers)
     if sae.d_model != model.d_model:
         raise UndertowError(
-            f"SAE {name} reads a residual stream of width {sae.d_model}, model {model.name} has {model.d_model}.",
+            f"SAE {sae.name} reads a residual stream of width {sae.d_model}, model {model.name} has {model.d_model}.",
             "They do not belong together; choose an SAE that was trained on this model.",
         )
     return sae.to(model.device)
+
+
+def load_sae(name: str | None, model: LanguageModel, *, site: str | None = None, centre_input: bool = False) -> SAE:
+    """`read_sae` for a model that is there, and `fitted` to it.
+
+    Raises:
+        UndertowError: it cannot be found or read, or does not fit the model.
+    """
+    return fitted(read_sae(name, model.name, site=site, centre_input=centre_input), model)
 
 
 def check_sae_name(name: str | None, model_name: str) -> None:
