@@ -156,9 +156,9 @@ def _run_and_print(config: Any, folder: Path, as_json: bool) -> None:
     from undertow.audit import run_audit
     from undertow.report.tables import run_tables
 
-    console = Console(stderr=True)
+    progress_console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+    with Progress(*columns, TimeElapsedColumn(), console=progress_console, transient=True) as bar:
         line = bar.add_task("starting", total=None)
         log = run_audit(
             config, folder, lambda what, done, total: bar.update(line, description=what, completed=done, total=total)
@@ -166,7 +166,8 @@ def _run_and_print(config: Any, folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"run": str(folder), **log.run}))
         return
-    _console().print(run_tables(log.run))
+    console = _console()
+    console.print(run_tables(log.run, console.width))
     typer.echo(f"run folder: {folder}")
 
 
@@ -190,7 +191,8 @@ def show(folder: Annotated[Path, typer.Argument(help="a folder made by `undertow
         if as_json:
             typer.echo(json.dumps(log))
         else:
-            _console().print(run_tables(log))
+            console = _console()
+            console.print(run_tables(log, console.width))
 
 
 @app.command()

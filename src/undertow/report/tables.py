@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-Cell = str
+# Heading, whether it is shown in a narrow terminal too, and the cell of an entry of `run.json`.
+COLUMNS: tuple[tuple[str, bool, Callable[[dict[str, Any]], str]], ...] = (
+    ("budget", True, lambda e: f"{e['budget']:g}"),
+    ("recovered", True, lambda e: f"{e['recovered']}/{e['n']}"),
+    ("rate", False, lambda e: f"{e['rate']:.2f}"),
+    ("interval", True, lambda e: "[{:.2f}, {:.2f}]".format(*e["interval"])),
+    ("rel. norm", True, lambda e: f"{e['metrics']['relative_norm']['mean']:.3f}"),
+    ("max leak", True, lambda e: f"{e['metrics']['leak']['max']:.0e}"),
+    ("drift", False, lambda e: f"{e['metrics']['drift']['mean']:.2g}"),
+    ("pre-act. drift", False, lambda e: f"{e['metrics']['preactivation_drift']['mean']:.1e}"),
+    ("decoder share", False, lambda e: f"{e['metrics']['decoder_share']['mean']:.2f}"),
+    ("score", False, lambda e: f"{e['metrics']['score']['mean']:.2f}"),
+)
+WIDE = 140
 
 
-def run_tables(run: dict[str, Any]) -> Group:
+def run_tables(run: dict[str, Any], width: int = WIDE) -> Group:
     """Verdict, set-up, arms with intervals, and warnings of a run, for rich to print.
 
     Args:
         run: the contents of a complete `run.json`.
+        width: columns of the terminal; below 140 only the main columns are shown.
     """
     verdict = run["verdict"]
     parts: list[Any] = [Text(verdict["label"].upper(), style="bold"), Text(verdict["sentence"]), Text()]
-    parts += [_setup(run), Text(), _arms(run), _legend(run)]
+    parts += [_setup(run), Text(), _arms(run, width), _legend(run)]
     parts += [Text(f"Warning: {warning}", style="yellow") for warning in run["warnings"]]
     return Group(*parts)
 
@@ -44,26 +59,18 @@ def _setup(run: dict[str, Any]) -> Table:
     return table
 
 
-def _arms(run: dict[str, Any]) -> Table:
+def _arms(run: dict[str, Any], width: int) -> Table:
     table = Table(title=f"Recovery, {run['config']['attack']['order']}", title_justify="left")
-    for heading in ("arm", "budget", "recovered", "rate", "interval", "rel. norm", "leak (max)", "drift",
-                    "pre-act. drift", "decoder share"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
+    columns = [(heading, cell) for heading, always, cell in COLUMNS if always or width >= WIDE]
+    table.add_column("arm", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
     for arm, entries in {**run["arms"], **run["controls"]}.items():
         ordered = sorted(entries.values(), key=lambda entry: entry["budget"])
         for index, entry in enumerate(ordered):
-            table.add_row(*_cells(arm if index == 0 else "", entry), end_section=index == len(ordered) - 1)
+            cells = [cell(entry) for _, cell in columns]
+            table.add_row("" if index else arm, *cells, end_section=index == len(ordered) - 1)
     return table
-
-
-def _cells(arm: str, entry: dict[str, Any]) -> list[Cell]:
-    (low, high), metrics = entry["interval"], entry["metrics"]
-    return [
-        arm, f"{entry['budget']:g}", f"{entry['recovered']}/{entry['n']}", f"{entry['rate']:.2f}",
-        f"[{low:.2f}, {high:.2f}]", f"{metrics['relative_norm']['mean']:.3f}", f"{metrics['leak']['max']:.1e}",
-        f"{metrics['drift']['mean']:.3g}", f"{metrics['preactivation_drift']['mean']:.2e}",
-        f"{metrics['decoder_share']['mean']:.2f}",
-    ]  # fmt: skip
 
 
 def _legend(run: dict[str, Any]) -> Text:
@@ -71,6 +78,7 @@ def _legend(run: dict[str, Any]) -> Text:
     unit = "share of ||h_def||" if attack["budget_unit"] == "relative" else "absolute norm"
     return Text(
         f"Budget: {unit}. Intervals: Wilson {audit['confidence']:.0%}, for samples clustered by source. Leak: "
-        "||A'd|| / (||A|| ||d||), A the defended encoder columns. Drift: defended activations, mean over samples.",
+        "||A'd|| / (||A|| ||d||), A the defended encoder columns. Drift: defended activations, mean over samples. Score: "
+        "of the recovered model; above 0 the behaviour holds.",
         style="dim",
     )
