@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 
@@ -33,21 +34,21 @@ from undertow.models.suffix import SuffixPass
 from undertow.sites import Site
 
 
-def best_time(step: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of some calls, after one that is not counted."""
-    step()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return min(times)
+def median_seconds(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each step, called in turn, after a round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 def matmul_rates(model, rows: int, layers: list) -> tuple[float, float]:
     """FLOP/s of a large square product, and of the pass's own products with weights cycled through memory."""
     square = torch.randn(2048, 2048)
-    large = 2 * 2048**3 / best_time(lambda: square @ square, 5)
+    large = 2 * 2048**3 / median_seconds({"square": lambda: square @ square}, 9)["square"]
     weights = [w.detach() for layer in layers for w in layer.parameters() if w.ndim == 2]
     inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for w in weights}
     outputs = {w.shape[0]: torch.randn(rows, w.shape[0]) for w in weights}
@@ -58,7 +59,7 @@ def matmul_rates(model, rows: int, layers: list) -> tuple[float, float]:
         for w in weights:
             outputs[w.shape[0]] @ w
 
-    own = 4 * rows * sum(w.numel() for w in weights) / best_time(cycle, 5)
+    own = 4 * rows * sum(w.numel() for w in weights) / median_seconds({"cycle": cycle}, 9)["cycle"]
     return large, own
 
 
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--lengths", default="15,64,128,256")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -110,10 +112,13 @@ def main() -> None:
 
         reference = plain()
         error = float((fast() - reference).norm() / reference.norm())
-        seconds = {"suffix": best_time(fast, 10), "frozen": best_time(plain, 2)}
-        model.network.requires_grad_(True)
-        seconds["published"] = best_time(plain, 1)
-        model.network.requires_grad_(False)
+
+        def with_weight_gradients(plain=plain):
+            model.network.requires_grad_(True)
+            plain()
+            model.network.requires_grad_(False)
+
+        seconds = median_seconds({"suffix": fast, "frozen": plain, "published": with_weight_gradients}, args.repeats)
         row = {
             "tokens": length, **{f"{name}_seconds": round(value, 4) for name, value in seconds.items()},
             "ratio_frozen": round(seconds["frozen"] / seconds["suffix"], 1),

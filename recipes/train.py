@@ -114,7 +114,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     facts = json.loads((args.acts / "facts.json").read_text())
-    rows = np.load(args.acts / f"layer{args.layer}.npy", mmap_mode="r")
+    # The store has room for all rows that were asked for; the text may have held fewer.
+    rows = np.load(args.acts / f"layer{args.layer}.npy", mmap_mode="r")[: facts["rows"]]
     began = time.time()
     sae = train(rows, args)
     save(sae, args, facts, time.time() - began)

@@ -34,6 +34,10 @@ def refused(*arguments: str) -> str:
         (["run", "ioi", "--sae", "./missing"], "SAE './missing' is not a folder"),
         (["run", "ioi", "--budgets", "0.1,-2"], "a budget must be a positive number, not -2.0"),
         (["run", "ioi", "--budgets", "small"], "--budgets 'small' is not a comma-separated list of float"),
+        (["run", "ioi", "--features", ""], "--features '' is not a comma-separated list"),
+        (["run", "ioi", "--seed", "-1"], "seed: Input should be greater than or equal to 0"),
+        (["run", "ioi", "--value", "nan"], "clamp.value"),
+        (["check", "--dtype", "fp16"], "dtype"),
         (["run", "ioi", "--features", "0"], "features.count: Input should be greater than 0"),
         (["run", "ioi", "--clamp", "freeze"], "clamp.rule"),
         (["run", "ioi", "--arms", "none,magic"], "arm 'magic' is unknown"),
@@ -56,6 +60,10 @@ def test_a_field_that_does_not_exist(tmp_path):
     assert "attack.stepz: Extra inputs are not permitted" in refused("run", "ioi", "--config", str(file))
     file.write_text("- a list\n")
     assert "holds no mapping" in refused("run", "ioi", "--config", str(file))
+    file.write_bytes(b"\xff\xfe\xfa")
+    assert "cannot be read as YAML" in refused("run", "ioi", "--config", str(file))
+    file.write_text("features: {indices: [3, 4]}\n")
+    assert "go together" in refused("run", "ioi", "--config", str(file))
     file.write_text("task: tpp\n")
     assert "is for task 'tpp'" in refused("run", "ioi", "--config", str(file))
 
@@ -119,6 +127,16 @@ def test_dry_run_output_is_a_valid_configuration_file(tmp_path):
     config = yaml.safe_load(printed)
     assert config["features"]["method"] == "given"
     assert config["attack"]["budgets"] == [0.1, 0.5]
+
+
+def test_one_feature_and_a_count_over_a_given_list(tmp_path):
+    one = yaml.safe_load(RUNNER.invoke(app, ["run", "ioi", "--features", "77,", "--dry-run"]).stdout)
+    assert one["features"]["indices"] == [77]
+    file = tmp_path / "run.yaml"
+    file.write_text("features: {method: given, indices: [3]}\nattack: {arms: [encoder, encoder]}\n")
+    config = yaml.safe_load(RUNNER.invoke(app, ["run", "ioi", "--config", str(file), "--features", "5", "--dry-run"]).stdout)
+    assert (config["features"]["method"], config["features"]["count"]) == ("attribution", 5)
+    assert config["attack"]["arms"] == ["encoder"], "an arm named twice would count its samples twice"
 
 
 def test_schema_names_every_field():

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undertow.behaviours.base import Behaviour
-from undertow.constraints.base import CONSTRAINTS, leak, orthonormal_basis
+from undertow.constraints.base import CONSTRAINTS, Leak, orthonormal_basis
 from undertow.controls import random_direction
 from undertow.defences.clamp import Clamp, Clamps
 from undertow.errors import UndertowError
 from undertow.measurement import measure
 from undertow.metrics import feature_metrics, perturbation_metrics
-from undertow.models.perturbation import Slot, clipped, joint_norm, perturbation_edits
+from undertow.models.perturbation import Slot, clipped, joint_norm
 from undertow.sites import Site
 
 MODEL = tiny_llama(1)
@@ -48,8 +48,8 @@ def test_a_projected_delta_moves_no_defended_preactivation(seed, features, name,
     delta = constraint.project(raw)
     delta = size * delta / joint_norm(delta)[:, None, None]
     common = (MODEL, batch, Last())
-    before = measure(*common, defence.edits(), defence, slots)
-    after = measure(*common, [*defence.edits(), *perturbation_edits(slots, delta)], defence, slots)
+    before = measure(*common, defence, slots)
+    after = measure(*common, defence, slots, delta=delta)
     moved = feature_metrics(before.readings, after.readings)
     # Rounding of the stream is all that may be seen, whatever the scale of the encoder.
     stream = before.at(slots, batch.width)
@@ -110,9 +110,10 @@ def test_leak_is_one_along_the_strongest_direction_and_zero_off_it():
     columns = torch.eye(D)[:, :2] * torch.tensor([3.0, 1.0])
     along, off = torch.zeros(1, 1, D), torch.zeros(1, 1, D)
     along[..., 0], off[..., 5] = 7.0, 7.0
-    assert float(leak(along, [columns])) == pytest.approx(1.0)
-    assert float(leak(off, [columns])) == 0.0
-    assert float(leak(torch.zeros(1, 1, D), [columns])) == 0.0
+    leak = Leak([columns])
+    assert float(leak(along)) == pytest.approx(1.0)
+    assert float(leak(off)) == 0.0
+    assert float(leak(torch.zeros(1, 1, D))) == 0.0
 
 
 def test_budget_is_joint_over_slots():
@@ -133,6 +134,16 @@ def test_random_control_stays_in_the_subspace_at_the_given_norm():
     assert float(constraint.leak(both).max()) <= 1e-6
     alone = random_direction(constraint, torch.zeros(1, 1, D), torch.tensor([5.0]), [12])
     assert torch.allclose(alone[0], both[1], atol=1e-6)
+
+
+def test_a_constraint_that_forbids_everything_leaves_exactly_nothing():
+    """As many independent directions as dimensions: no rounding noise may be scaled up into a perturbation."""
+    slots, sae = (Slot(Site.post(1), -1),), tiny_sae()
+    constraint = CONSTRAINTS.get("encoder")(slots, {sae.site: sae.features(range(40))})
+    assert constraint.forbids_everything
+    assert not constraint.project(torch.randn(3, 1, D)).any()
+    assert not random_direction(constraint, torch.zeros(2, 1, D), torch.ones(2), [1, 2]).any()
+    assert not CONSTRAINTS.get("encoder")(slots, {sae.site: sae.features(range(31))}).forbids_everything
 
 
 def test_unknown_constraint():

@@ -80,7 +80,7 @@ def test_names_must_be_single_tokens():
     with pytest.raises(UndertowError, match="' Bartholomew' is 2 tokens"):
         IOI().build(model(), IOIData(names=names), 0)
     with pytest.raises(UndertowError, match="at least 8 are needed"):
-        IOI().build(model(), IOIData(names=names[:4]), 0)
+        IOI().build(model(), IOIData(names=names[:4] * 3), 0)
 
 
 def test_more_prompts_than_there_are():

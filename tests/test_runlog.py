@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 from planted import error_route, planted_config, planted_setting
 from safetensors import safe_open
 
 from undertow import audit as audit_module
-from undertow.audit import audit
+from undertow.audit import Auditor, audit
+from undertow.defences.clamp import Clamp, Clamps
 from undertow.errors import UndertowError
-from undertow.runlog import RunLog, environment, read_run
+from undertow.runlog import RunLog, environment, exclusive, read_run
+from undertow.setting import find_flips
 
 FIELDS = {
     "sample", "cluster", "arm", "budget", "status", "base", "defended", "recovered", "holds", "delta_norm", "relative_norm",
@@ -50,7 +53,8 @@ def test_contract(setting, tmp_path):
     assert {"label", "sentence", "thresholds"} <= set(run["verdict"])
     for arm in ("none", "encoder", "encoder+decoder", "published"):
         assert {"n", "recovered", "rate", "interval"} <= set(run["arms"][arm]["0.25"])
-    assert set(run["controls"]) == {"control:zero", "control:random", "control:undo"}
+    others = {f"control:random:{arm}" for arm in ("none", "encoder+decoder", "published")}
+    assert set(run["controls"]) == {"control:zero", "control:random", "control:undo"} | others
     assert all(set(row) >= FIELDS for row in rows)
     with safe_open(tmp_path / "deltas.safetensors", framework="pt") as file:
         assert set(file.keys()) == {row["delta"] for row in rows}
@@ -119,3 +123,47 @@ def test_abandoning_an_empty_run_leaves_the_users_files(setting, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     RunLog(tmp_path / "new", header(setting)).abandon()
     assert not (tmp_path / "new").exists()
+
+
+def test_other_weights_under_the_same_name_are_refused(setting, tmp_path):
+    """A finished run is not shown as the result of weights that it was not made with."""
+    inputs = {"inputs": {"model": "a", "sae": "b"}}
+    audit(setting, RunLog(tmp_path, {**header(setting), **inputs}))
+    with pytest.raises(UndertowError, match="other model or SAE weights"):
+        RunLog(tmp_path, {**header(setting), "inputs": {"model": "a", "sae": "c"}})
+
+
+def test_a_folder_with_files_of_others_is_left_alone(setting, tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "engine.txt").write_text("mine")
+    with pytest.raises(UndertowError, match="holds parts but no run.json"):
+        RunLog(tmp_path, header(setting))
+    assert (tmp_path / "parts" / "engine.txt").exists()
+
+
+def test_a_second_process_is_refused(tmp_path):
+    with exclusive(tmp_path / "run"), pytest.raises(UndertowError, match="another process"), exclusive(tmp_path / "run"):
+        pass
+
+
+def test_each_arm_has_a_random_control_at_its_own_norms(setting, tmp_path):
+    """C-a: the same norm and the same subspace as the arm that is controlled, sample by sample."""
+    audit(setting, RunLog(tmp_path, header(setting)))
+    rows = {(row["arm"], row["sample"], row["budget"]): row for row in read_run(tmp_path)[1]}
+    for (arm, sample, budget), row in rows.items():
+        if arm.startswith("control:random"):
+            controlled = arm.removeprefix("control:random").removeprefix(":") or "encoder"
+            assert row["delta_norm"] == pytest.approx(rows[controlled, sample, budget]["delta_norm"], rel=1e-5)
+            if controlled in ("encoder", "encoder+decoder", "published"):
+                assert row["leak"] <= 1e-6
+
+
+def test_a_constraint_that_forbids_everything_is_refused_before_the_attack(tmp_path):
+    from dataclasses import replace as with_
+
+    wide = planted_setting(error_route(0))
+    encoder = torch.randn(wide.sae.d_model, 30)
+    sae = with_(wide.sae, W_enc=encoder, W_dec=encoder.T.contiguous(), b_enc=torch.zeros(30))
+    clamps = Clamps((Clamp(sae.features(range(30)), "set", -5.0),))
+    with pytest.raises(UndertowError, match="forbids every direction of a stream of width 24"):
+        Auditor(with_(wide, defence=clamps), find_flips(wide), RunLog(tmp_path, header(wide)))

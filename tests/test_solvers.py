@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from undertow.constraints.base import CONSTRAINTS, Subspace, Unconstrained
 from undertow.models.perturbation import Slot, joint_norm
-from undertow.solvers.base import SOLVERS, Objective, Status
+from undertow.solvers.base import Objective, Status
 from undertow.solvers.projected import LEAK_LIMIT, Projected
 from undertow.solvers.published import Published
 
@@ -133,7 +133,3 @@ def test_flat_or_broken_objectives_are_reported_as_failed():
     result = Projected(steps=5).solve(Flat(0), Unconstrained(), torch.ones(N), zeros())
     assert result.status == [Status.FAILED] * N
     assert torch.isfinite(result.delta).all()
-
-
-def test_registered_solvers():
-    assert SOLVERS.names() == ["projected", "published"]

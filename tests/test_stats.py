@@ -67,6 +67,25 @@ def test_coverage_of_the_clustered_interval():
     assert plain_covered / runs < 0.85
 
 
+def test_coverage_with_scores_far_from_normal():
+    """Outcomes fixed by the cluster, magnitudes heavy-tailed: the scores alone would hide the clustering."""
+    rng, covered, runs = np.random.default_rng(2), 0, 200
+    for _ in range(runs):
+        signs = rng.random(12) < 0.5
+        clusters = [f"c{c}" for c in range(12) for _ in range(4)]
+        scores = [float((1 if signs[c] else -1) * rng.lognormal(0, 2)) for c in range(12) for _ in range(4)]
+        low, high = rate_interval([score > 0 for score in scores], clusters, scores=scores)
+        covered += low <= 0.5 <= high
+    assert covered / runs >= 0.92
+
+
+def test_a_score_that_is_not_a_number_does_not_switch_clustering_off():
+    hits, clusters = [i < 20 for i in range(40)], [f"c{i // 4}" for i in range(40)]
+    scores = [float(hit) for hit in hits]
+    scores[7] = float("nan")
+    assert rate_interval(hits, clusters, scores=scores) == rate_interval(hits, clusters)
+
+
 def test_bootstrap_of_a_mean():
     values, clusters = [1.0, 1.0, 5.0, 5.0], ["a", "a", "b", "b"]
     assert mean_interval(values, clusters, resamples=500) == pytest.approx((1.0, 5.0))

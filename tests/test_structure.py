@@ -15,7 +15,7 @@ LAYERS = [
     {"texts", "models", "saes"},
     {"behaviours", "constraints", "defences", "solvers"},
     {"attacks", "features", "metrics", "tasks"},
-    {"controls", "measurement", "runlog", "setting", "report"},
+    {"controls", "measurement", "runlog", "setting", "report", "summary"},
     {"verdict"},
     {"audit", "preflight"},
     {"cli"},

@@ -29,15 +29,16 @@ from torch import Tensor
 from undertow import controls
 from undertow.attacks.base import ARMS, Problem
 from undertow.config import RunConfig
-from undertow.constraints.base import CONSTRAINTS
-from undertow.controls import CONTROLS
+from undertow.controls import UNDO, ZERO, random_arm
 from undertow.errors import UndertowError
 from undertow.measurement import Measurement, measure
 from undertow.metrics import feature_metrics, perturbation_metrics
-from undertow.runlog import RunLog, environment
-from undertow.setting import Flips, Setting, check_names, find_flips, prepare
+from undertow.runlog import RunLog, environment, exclusive
+from undertow.setting import Flips, Setting, check_names, find_flips, fingerprints, prepare
+from undertow.solvers.base import Status
+from undertow.summary import summarise
 from undertow.tasks.base import TASKS
-from undertow.verdict import judge, summarise, warnings
+from undertow.verdict import judge, warnings
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,12 +49,14 @@ def _silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """The smallest piece of work that is recorded as a whole: an arm on a batch of samples."""
+    """The smallest piece of work that is recorded as a whole: an arm on a batch of samples; `of`: the arm it is a control
+    for."""
 
     arm: str
     batch_number: int
     samples: list[int]
     budgets: tuple[float, ...]
+    of: str | None = None
 
     @property
     def name(self) -> str:
@@ -61,13 +64,15 @@ class Unit:
         return f"{self.arm}.{self.batch_number:03d}"
 
 
-def units_of(config: RunConfig, valid: list[int]) -> list[Unit]:
-    """All units of a run, in their order."""
+def units_of(config: RunConfig, valid: list[int], reference: str) -> list[Unit]:
+    """All units of a run, in their order: arms first, because the random controls take their norms."""
     size, budgets = config.audit.batch_size, config.attack.budgets
-    batches = [valid[start : start + size] for start in range(0, len(valid), size)]
-    arms = [(arm, budgets) for arm in config.attack.arms]
-    arms += [(CONTROLS.zero, (0.0,)), (CONTROLS.undo, budgets), (CONTROLS.random, budgets)]
-    return [Unit(arm, number, samples, tuple(wanted)) for arm, wanted in arms for number, samples in enumerate(batches)]
+    batches = list(enumerate(valid[start : start + size] for start in range(0, len(valid), size)))
+    searching = config.attack.arms
+    kinds: list[tuple[str, tuple[float, ...], str | None]] = [(arm, budgets, None) for arm in searching]
+    kinds += [(ZERO, (0.0,), None), (UNDO, budgets, reference)]
+    kinds += [(random_arm(arm, reference), budgets, arm) for arm in searching]
+    return [Unit(arm, number, samples, wanted, of) for arm, wanted, of in kinds for number, samples in batches]
 
 
 class Auditor:
@@ -76,10 +81,17 @@ class Auditor:
     def __init__(self, setting: Setting, flips: Flips, log: RunLog) -> None:
         self.setting, self.flips, self.log = setting, flips, log
         self._problems: dict[int, tuple[Problem, Measurement]] = {}
-        arms = setting.config.attack.arms
-        self.reference = "encoder" if "encoder" in arms else arms[0]
-        constraint = self.reference if self.reference in CONSTRAINTS.names() else "encoder"
-        self.reference_constraint = CONSTRAINTS.get(constraint)(setting.slots, setting.defence.defended)
+        attacks = {arm: ARMS.get(arm)(setting.config.attack) for arm in setting.config.attack.arms}
+        self.attacks = attacks
+        self.constraints = {arm: attack.constraint(setting.slots, setting.defence) for arm, attack in attacks.items()}
+        self.reference = "encoder" if "encoder" in attacks else next(iter(attacks))
+        for arm, constraint in self.constraints.items():
+            if constraint.forbids_everything:
+                raise UndertowError(
+                    f"arm {arm} with {len(setting.selection.indices)} features forbids every direction of a stream of width "
+                    f"{setting.model.d_model}.",
+                    "Clamp fewer features (--features), or leave that arm out (--arms).",
+                )
 
     def problem(self, unit: Unit) -> tuple[Problem, Measurement]:
         """The samples of a unit as an attack problem, with their defended measurement; made once for each batch."""
@@ -91,8 +103,8 @@ class Auditor:
         setting = self.setting
         batch, behaviour = setting.data.evaluation.rows(samples)
         common = (setting.model, batch, behaviour)
-        defended = measure(*common, setting.defence.edits(), setting.defence, setting.slots)
-        base = measure(*common, [], setting.defence, setting.slots)
+        defended = measure(*common, setting.defence, setting.slots)
+        base = measure(*common, setting.defence, setting.slots, active=False)
         problem = Problem(
             *common, setting.defence, setting.slots, setting.config.attack.order, target=base.values,
             stream=defended.at(setting.slots, batch.width), base_stream=base.at(setting.slots, batch.width),
@@ -119,37 +131,39 @@ class Auditor:
 
     def _perturbations(self, unit: Unit, problem: Problem, budgets: list[Tensor]) -> tuple[list[Tensor], list[dict[str, Any]]]:
         nothing = {"steps": [0] * len(unit.samples), "failed": [False] * len(unit.samples)}
-        if unit.arm == CONTROLS.zero:
-            return [controls.zero(problem)], [nothing]
-        if unit.arm == CONTROLS.undo:
-            return [controls.undo(problem, self.reference_constraint, b) for b in budgets], [nothing] * len(budgets)
-        if unit.arm == CONTROLS.random:
-            return [self._random(unit, problem, budget) for budget in unit.budgets], [nothing] * len(budgets)
-        results = ARMS.get(unit.arm)(self.setting.config.attack)(problem, budgets)
-        facts = [
-            {"steps": result.steps.tolist(), "failed": [status.value == "failed" for status in result.status]}
-            for result in results
-        ]
-        return [result.delta for result in results], facts
+        if unit.arm in self.attacks:
+            results = self.attacks[unit.arm](problem, budgets)
+            failed = [[status is Status.FAILED for status in result.status] for result in results]
+            facts = [{"steps": r.steps.tolist(), "failed": f} for r, f in zip(results, failed, strict=True)]
+            return [result.delta for result in results], facts
+        if unit.arm == ZERO:
+            deltas = [controls.zero(problem)]
+        elif unit.arm == UNDO:
+            deltas = [controls.undo(problem, self.constraints[self.reference], budget) for budget in budgets]
+        else:
+            deltas = [self._random(unit, problem, budget) for budget in unit.budgets]
+        return deltas, [nothing] * len(budgets)
 
     def _random(self, unit: Unit, problem: Problem, budget: float) -> Tensor:
-        """Random directions with the norms that the reference arm used on the same samples at the same budget."""
+        """Random directions in the subspace of the arm that is controlled, at the norms it used on the same samples."""
+        assert unit.of is not None
         names = [self.setting.data.evaluation.names[sample] for sample in unit.samples]
-        source = f"{self.reference}.{unit.batch_number:03d}"
-        norms = [self.log.delta(source, f"{self.reference}/{budget:g}/{name}").double().norm() for name in names]
+        source = f"{unit.of}.{unit.batch_number:03d}"
+        norms = [self.log.delta(source, f"{unit.of}/{budget:g}/{name}").double().norm() for name in names]
         seeds = [zlib.crc32(f"{self.setting.config.seed}/{name}/{budget:g}".encode()) for name in names]
         return controls.random_direction(
-            self.reference_constraint, problem.stream, torch.stack(norms).to(problem.stream), seeds
+            self.constraints[unit.of], problem.stream, torch.stack(norms).to(problem.stream), seeds
         )
 
     def _verify(self, problem: Problem, defended: Measurement, delta: Tensor) -> dict[str, Tensor]:
         """The one path by which a result is measured: a full pass of the defended model with the stored perturbation."""
         recovered = measure(
-            problem.model, problem.batch, problem.behaviour, problem.edits(delta), problem.defence, problem.slots
+            problem.model, problem.batch, problem.behaviour, problem.defence, problem.slots, delta=delta, order=problem.order
         )
         return {
             "recovered": recovered.values,
             "holds": problem.behaviour.holds(recovered.values),
+            "silenced": (defended.firings - recovered.firings).clamp(min=0),
             **feature_metrics(defended.readings, recovered.readings),
             **perturbation_metrics(delta, problem.stream, problem.slots, problem.defence.defended),
         }
@@ -167,7 +181,8 @@ class Auditor:
             "status": status, "base": _number(self.flips.base[sample]),
             "defended": _number(self.flips.defended[sample]), "holds": holds, **figures,
             "reactivated": int(measured["reactivated"][index]), "eligible": int(measured["eligible"][index]),
-            "steps": fact["steps"][index], "seconds": round(seconds, 4), "delta": key,
+            "silenced": int(measured["silenced"][index]), "steps": fact["steps"][index], "seconds": round(seconds, 4),
+            "delta": key,
         }  # fmt: skip
 
 
@@ -189,15 +204,17 @@ def run_audit(config: RunConfig, folder: Path, progress: Progress = _silent) -> 
     """
     began = time.perf_counter()
     check_names(config)
-    log = RunLog(folder, {**environment(), "config": config.model_dump(mode="json"), "task": config.task})
-    if log.finished:
-        return log
-    progress("loading model and SAE", 0, 1)
-    try:
-        return audit(prepare(config), log, progress, began)
-    except UndertowError:
-        log.abandon()
-        raise
+    header = {"config": config.model_dump(mode="json"), "task": config.task, "inputs": fingerprints(config)}
+    with exclusive(folder):
+        log = RunLog(folder, {**environment(), **header})
+        if log.finished:
+            return log
+        progress("loading model and SAE", 0, 1)
+        try:
+            return audit(prepare(config), log, progress, began)
+        except UndertowError:
+            log.abandon()
+            raise
 
 
 def audit(setting: Setting, log: RunLog, progress: Progress = _silent, began: float | None = None) -> RunLog:
@@ -213,7 +230,7 @@ def audit(setting: Setting, log: RunLog, progress: Progress = _silent, began: fl
             "Clamp more features (--features), another value (--value), or ask for more prompts (--prompts).",
         )
     auditor = Auditor(setting, flips, log)
-    units = units_of(config, flips.valid)
+    units = units_of(config, flips.valid, auditor.reference)
     names = setting.data.evaluation.names
     expected = {u.name: {(names[s], u.arm, b) for s in u.samples for b in u.budgets} for u in units}
     finished = log.keep_complete(expected)
@@ -234,7 +251,7 @@ def _results(setting: Setting, flips: Flips, log: RunLog, reference: str, second
     config, rows = setting.config, log.rows()
     table = summarise(rows, config.audit, config.seed)
     context = {
-        "valid_flips": len(flips.valid), "min_flips": config.audit.min_flips, "arms": list(config.attack.arms),
+        "valid_flips": len(flips.valid), "arms": list(config.attack.arms),
         "describes": TASKS.get(config.task).describes, "order": config.attack.order,
         "budget_unit": config.attack.budget_unit, "reference": reference,
     }  # fmt: skip
@@ -253,7 +270,7 @@ def _results(setting: Setting, flips: Flips, log: RunLog, reference: str, second
         "arms": {arm: entries for arm, entries in table.items() if not arm.startswith("control:")},
         "controls": {arm: entries for arm, entries in table.items() if arm.startswith("control:")},
         "reference": reference,
-        "verdict": judge(table, context),
-        "warnings": warnings(table, rows, context),
+        "verdict": judge(rows, table, context, config.audit, config.seed),
+        "warnings": warnings(rows, context),
         "seconds": round(seconds, 1),
     }  # fmt: skip

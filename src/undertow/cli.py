@@ -52,7 +52,10 @@ def _parse_list(text: str | None, convert: type, field: str) -> list[Any] | None
     if text is None:
         return None
     try:
-        return [convert(piece.strip()) for piece in text.split(",") if piece.strip()]
+        pieces = [convert(piece.strip()) for piece in text.split(",") if piece.strip()]
+        if pieces:
+            return pieces
+        raise ValueError
     except ValueError:
         raise UndertowError(
             f"--{field} {text!r} is not a comma-separated list of {convert.__name__} values.", "Example: 1,2,3."
@@ -64,9 +67,13 @@ SAEName = Annotated[
     Optional[str], typer.Option("--sae", help="packaged name, local folder, or hub id/folder [default: packaged]")
 ]
 Site = Annotated[Optional[str], typer.Option(help="overrides the SAE's own hook point, e.g. blocks.15.hook_resid_post")]
+PrependBos = Annotated[bool, typer.Option("--prepend-bos", help="put a BOS before prompts if the tokenizer adds none")]
+CentreInput = Annotated[
+    bool, typer.Option("--centre-input", help="the SAE reads mean-centred residuals (TransformerLens weights)")
+]
 Device = Annotated[Optional[str], typer.Option(help="torch device [default: cpu]")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16 [default: float32]")]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads [default: one for each core]")]
+Threads = Annotated[Optional[int], typer.Option(help="CPU threads [default: one for each core]", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
 
 
@@ -78,7 +85,7 @@ def run(
     sae: SAEName = None,
     site: Site = None,
     features: Annotated[
-        Optional[str], typer.Option(help="how many features attribution picks, or their indices: 20, or 12,345,6")
+        Optional[str], typer.Option(help="how many features attribution picks (20), or a list of indices (12,345,6; 77,)")
     ] = None,
     clamp: Annotated[Optional[str], typer.Option(help="set, set_if_active, scale, zero, floor, cap")] = None,
     value: Annotated[Optional[float], typer.Option(help="the clamp's value (factor for scale)")] = None,
@@ -99,6 +106,8 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
+    prepend_bos: PrependBos = False,
+    centre_input: CentreInput = False,
     out: Annotated[Optional[Path], typer.Option(help="run folder [default: runs/TASK-DIGEST]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
     as_json: AsJson = False,
@@ -121,12 +130,13 @@ def run(
         overrides = _nested(
             {
                 "model.name": model, "model.revision": revision, "model.device": device, "model.dtype": dtype,
+                "model.prepend_bos": prepend_bos or None, "sae.centre_input": centre_input or None,
                 "sae.name": sae, "sae.site": site, "clamp.rule": clamp, "clamp.value": value,
                 "clamp.keep_error": False if drop_error else None, "clamp.positions": positions,
                 "attack.arms": _parse_list(arms, str, "arms"), "attack.budgets": _parse_list(budgets, float, "budgets"),
                 "attack.budget_unit": budget_unit, "attack.order": order, "attack.steps": steps,
                 "data.prompts": prompts, "data.names": _parse_list(names, str, "names"), "seed": seed,
-                "threads": threads, **_feature_fields(_parse_list(features, int, "features")),
+                "threads": threads, **_feature_fields(features),
             }
         )  # fmt: skip
         _quiet()
@@ -141,11 +151,13 @@ def run(
         _run_and_print(resolved, folder, as_json)
 
 
-def _feature_fields(features: list[int] | None) -> dict[str, Any]:
-    if not features:
+def _feature_fields(text: str | None) -> dict[str, Any]:
+    """`20` is a count; a list, which one index makes with a trailing comma, is the features themselves."""
+    features = _parse_list(text, int, "features")
+    if features is None or text is None:
         return {}
-    if len(features) == 1:
-        return {"features.count": features[0]}
+    if "," not in text:
+        return {"features.method": "attribution", "features.count": features[0], "features.indices": []}
     return {"features.method": "given", "features.indices": features}
 
 
@@ -184,9 +196,9 @@ def show(folder: Annotated[Path, typer.Argument(help="a folder made by `undertow
         from undertow.runlog import read_run
 
         log, rows = read_run(folder)
-        if log["status"] != "complete":
+        if log.get("status") != "complete" or "verdict" not in log:
             raise UndertowError(
-                f"the run in {folder} is not complete ({len(rows)} rows so far).", f"Continue it: {log['command']}"
+                f"the run in {folder} is not complete ({len(rows)} rows so far).", f"Continue it: {log.get('command')}"
             )
         if as_json:
             typer.echo(json.dumps(log))
@@ -204,6 +216,8 @@ def check(
     tokens: Annotated[int, typer.Option(help="tokens of held-out text to measure on", min=500)] = 20_000,
     everything: Annotated[bool, typer.Option("--all", help="check every SAE packaged for the model")] = False,
     write_card: Annotated[bool, typer.Option("--write-card", help="store the figures in the SAE's card.json")] = False,
+    prepend_bos: PrependBos = False,
+    centre_input: CentreInput = False,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -222,11 +236,14 @@ def check(
     """
     with _user_errors():
         _quiet()
+        from undertow.config import ModelConfig, SAEConfig, validated
         from undertow.preflight import check_pairs
 
+        given = {"name": model, "device": device, "dtype": dtype, "prepend_bos": prepend_bos or None}
         reports = check_pairs(
-            model or "smollm2", sae, site=site, text=text, tokens=tokens, everything=everything,
-            write_card=write_card, device=device or "cpu", dtype=dtype or "float32", threads=threads,
+            validated(ModelConfig, {field: value for field, value in given.items() if value is not None}),
+            SAEConfig(name=sae, site=site, centre_input=centre_input), text=text, tokens=tokens, everything=everything,
+            write_card=write_card, threads=threads,
             announce=lambda report: None if as_json else _console().print(report.table()),
         )  # fmt: skip
         if as_json:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from undertow.errors import UndertowError
 
@@ -21,7 +21,7 @@ from undertow.errors import UndertowError
 class Section(BaseModel):
     """A section that refuses unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -31,6 +31,7 @@ class ModelConfig(Section):
     revision: str | None = Field(default=None, description="hub revision")
     device: str = Field(default="cpu", description="torch device")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of the weights")
+    prepend_bos: bool = Field(default=False, description="put a BOS before every prompt where the tokenizer adds none")
 
 
 class SAEConfig(Section):
@@ -50,6 +51,12 @@ class FeatureConfig(Section):
     count: PositiveInt = Field(default=20, description="how many features attribution picks")
     positions: Literal["all", "last"] = Field(default="all", description="positions over which attribution is summed")
     indices: tuple[int, ...] = Field(default=(), description="the features, for method 'given'")
+
+    @model_validator(mode="after")
+    def _indices_belong_to_given(self) -> FeatureConfig:
+        if bool(self.indices) != (self.method == "given"):
+            raise ValueError("indices and method 'given' go together")
+        return self
 
 
 class ClampConfig(Section):
@@ -80,7 +87,13 @@ class AttackConfig(Section):
         for budget in budgets:
             if not budget > 0 or budget == float("inf"):
                 raise ValueError(f"a budget must be a positive number, not {budget}; delta = 0 is always measured")
-        return tuple(sorted(set(budgets)))
+        # Six significant digits, which is also how a budget is written in keys.
+        return tuple(sorted({float(f"{budget:g}") for budget in budgets}))
+
+    @field_validator("arms")
+    @classmethod
+    def _each_once(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(arms))
 
     @field_validator("offsets")
     @classmethod
@@ -114,7 +127,7 @@ class RunConfig(Section, Generic[Data]):
     attack: AttackConfig = AttackConfig()
     data: Data
     audit: AuditConfig = AuditConfig()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     threads: PositiveInt | None = Field(default=None, description="CPU threads; default: one for each core")
 
     def digest(self) -> str:
@@ -150,8 +163,20 @@ def resolve(
     _merge(merged, overrides or {})
     if merged.setdefault("task", task) != task:
         raise UndertowError(f"the configuration is for task {merged['task']!r}, not {task!r}.", "Run that task.")
+    return validated(RunConfig[data], merged)
+
+
+Checked = TypeVar("Checked", bound=Section)
+
+
+def validated(section: type[Checked], values: dict[str, Any]) -> Checked:
+    """A section of the configuration from plain values.
+
+    Raises:
+        UndertowError: a field is unknown or out of range; the first such field is named.
+    """
     try:
-        return RunConfig[data].model_validate(merged)
+        return section.model_validate(values)
     except ValidationError as error:
         raise UndertowError(*_first_complaint(error)) from error
 
@@ -172,7 +197,7 @@ def _preset(task: str, name: str) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UndertowError(f"{path} cannot be read as YAML: {error}.", "Pass a file like --dry-run prints.") from error
     if not isinstance(found, dict):
         raise UndertowError(f"{path} holds no mapping.", "Pass a file like --dry-run prints.")

@@ -1,8 +1,8 @@
 """Controls that run in every audit, on the same samples and budgets as the attacks, without any search (C-a, C-d).
 
 - `control:zero`: no perturbation at all. Whatever "recovers" here was never suppressed (P10, P18).
-- `control:random`: a random direction in the subspace of the reference constraint, with each sample's norm taken from the
-  reference arm's own perturbation at that budget.
+- `control:random`: for every searching arm, a random direction in that arm's subspace at the norm that the arm itself used on
+  that sample at that budget. The reference arm's goes by this name, those of the others have the arm's name added.
 - `control:undo`: the closed-form undo `P (h_base - h_def)`, the clamp's own edit as far as the constraint lets it be added
   back, scaled down to the budget where it is larger (P5).
 """
@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,6 +18,13 @@ from torch import Tensor
 from undertow.attacks.base import Problem
 from undertow.constraints.base import Constraint
 from undertow.models.perturbation import clipped, joint_norm
+
+ZERO, UNDO, RANDOM = "control:zero", "control:undo", "control:random"
+
+
+def random_arm(arm: str, reference: str) -> str:
+    """Name of the random control that belongs to a searching arm."""
+    return RANDOM if arm == reference else f"{RANDOM}:{arm}"
 
 
 def zero(problem: Problem) -> Float[Tensor, "batch slot d"]:
@@ -45,15 +51,3 @@ def random_direction(
     drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     directions = constraint.project(torch.stack(drawn).to(like))
     return directions * (norms / joint_norm(directions).clamp(min=1e-30))[:, None, None]
-
-
-@dataclass(frozen=True)
-class Controls:
-    """Names of the control arms, as they stand in the run log."""
-
-    zero: str = "control:zero"
-    random: str = "control:random"
-    undo: str = "control:undo"
-
-
-CONTROLS = Controls()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from undertow.constraints.base import leak, orthonormal_basis
+from undertow.constraints.base import Leak, orthonormal_basis
 from undertow.models.perturbation import Slot, joint_norm
 from undertow.saes.sae import FeatureSet, Latents
 from undertow.sites import Site
@@ -111,6 +111,6 @@ def perturbation_metrics(
     return {
         "delta_norm": norm,
         "relative_norm": norm / (joint_norm(stream.double()) + EPS),
-        "leak": leak(delta, encoders),
+        "leak": Leak(encoders)(delta),
         "decoder_share": torch.where(norm > 0, along.sqrt() / norm.clamp(min=1e-300), 0.0),
     }

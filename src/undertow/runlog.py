@@ -16,14 +16,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,15 +46,18 @@ class RunLog:
         header: the fields of `run.json` that are known at the start, `config` among them.
 
     Raises:
-        UndertowError: the folder cannot be written, or holds a run of another configuration or format.
+        UndertowError: the folder cannot be written, holds files that are not of a run, or a run of another configuration,
+            model, SAE or format.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder = folder
         existing = _existing(folder)
-        if existing is not None and existing.get("config") != header["config"]:
+        if existing is not None:
+            _check_same(folder, existing, header)
+        elif foreign := [name for name in (SAMPLES, DELTAS, PARTS) if (folder / name).exists()]:
             raise UndertowError(
-                f"{folder} holds a run of another configuration.", "Choose another --out, or remove that folder."
+                f"{folder} holds {', '.join(foreign)} but no {RUN}: it is not a run folder.", "Choose another --out."
             )
         self.finished = existing is not None and existing.get("status") == "complete"
         self.run: dict[str, Any] = existing if existing is not None else {"format": FORMAT, "status": "running", **header}
@@ -123,7 +129,10 @@ class RunLog:
         self.finished = True
 
     def _write_run(self) -> None:
-        write_atomically(self.folder / RUN, json.dumps(self.run, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(self.run, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.folder / RUN, text)
+        # What is in memory is what a reader of the file gets.
+        self.run = json.loads(text)
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -145,17 +154,47 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "started": _now(),
-        "command": " ".join(["undertow", *sys.argv[1:]]),
+        "command": shlex.join(["undertow", *sys.argv[1:]]),
     }
+
+
+def _check_same(folder: Path, existing: dict[str, Any], header: dict[str, Any]) -> None:
+    """Refuse to mix results: of another configuration, of other weights under the same name, or of other versions."""
+    fields = {"config": "another configuration", "inputs": "other model or SAE weights"}
+    if existing.get("status") != "complete":
+        fields["versions"] = "other versions of its libraries, not finished"
+    for field, what in fields.items():
+        if existing.get(field) != header.get(field):
+            raise UndertowError(f"{folder} holds a run of {what}.", "Choose another --out, or remove that folder.")
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run folder, so that no second process writes into it.
+
+    Raises:
+        UndertowError: another process holds it, or the folder cannot be written.
+    """
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock:
+            yield
+    except Timeout as error:
+        raise UndertowError(f"another process is writing {folder}.", "Wait for it, or choose another --out.") from error
+    except OSError as error:
+        raise UndertowError(
+            f"the run folder {folder} cannot be written ({error.strerror}).", "Choose another folder with --out."
+        ) from error
 
 
 def _existing(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN
-    if not path.exists():
-        return None
     try:
         run = json.loads(path.read_text())
         version = run["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UndertowError(f"{path} is not a run log: {error}.", "Remove that folder or choose another.") from error
     if version != FORMAT:

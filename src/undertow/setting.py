@@ -9,16 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from undertow.attacks.base import ARMS
+from undertow.cache import sha256_of
 from undertow.config import RunConfig
 from undertow.defences.clamp import Clamp, Clamps
 from undertow.errors import UndertowError
 from undertow.features.attribution import Selection, select_by_attribution
 from undertow.models.language_model import LanguageModel
-from undertow.models.load import check_model_name, load_model
+from undertow.models.load import check_model_name, load_model, model_fingerprint
 from undertow.models.perturbation import Slot
-from undertow.saes.load import check_sae_name, fitted, read_sae
+from undertow.saes.load import check_sae_name, default_sae, fitted, locate_sae, read_sae
 from undertow.saes.quality import variance_explained_on
 from undertow.saes.sae import SAE
+from undertow.saes.saelens import WEIGHTS
 from undertow.tasks.base import TASKS, TaskData
 
 # An SAE that explains less of the variance on the task's own prompts does not belong to the model and site.
@@ -51,6 +53,19 @@ def check_names(config: RunConfig) -> None:
     check_sae_name(config.sae.name, config.model.name)
 
 
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """What tells the model and the SAE of a run from others under the same names, without loading them.
+
+    Raises:
+        UndertowError: one of them is not there.
+    """
+    weights = locate_sae(config.sae.name or default_sae(config.model.name)) / WEIGHTS
+    return {
+        "model": model_fingerprint(config.model.name, config.model.revision),
+        "sae": sha256_of(weights) if weights.exists() else "missing",
+    }
+
+
 def prepare(config: RunConfig) -> Setting:
     """Load model and SAE, build the data, choose the features, make the clamp.
 
@@ -65,7 +80,7 @@ def prepare(config: RunConfig) -> Setting:
     sae = read_sae(config.sae.name, config.model.name, site=config.sae.site, centre_input=config.sae.centre_input)
     if config.features.method == "given":
         sae.features(config.features.indices)
-    model = load_model(config.model.name, revision=config.model.revision, device=config.model.device, dtype=config.model.dtype)
+    model = load_model(**config.model.model_dump())
     sae = fitted(sae, model)
     data = TASKS.get(config.task).build(model, config.data, config.seed)
     return _belonging_together(assemble(config, model, sae, data))

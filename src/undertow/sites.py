@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from undertow.errors import UndertowError
 
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-_MODULE = re.compile(r"[A-Za-z_][\w.]*\.(\d+)")
+_MODULE = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|blocks|block|h)\.(\d+)")
 
 
 @dataclass(frozen=True, order=True)

@@ -1,10 +1,9 @@
 """Intervals for rates and means, for samples that may come in clusters (P16).
 
 Rates: the Wilson interval at an effective number of samples `n / deff`. The design effect is `deff = 1 + (m - 1) rho`,
-with `m` the size-weighted mean cluster size and `rho` the intraclass correlation (one-way ANOVA estimator, at least 0) of
-the *scores* whose sign makes the outcome. Signs of scores that are near normal correlate less than the scores do, so this
-errs on the cautious side, and unlike an estimate from the outcomes it does not break down where all of them agree. Scores
-that do not vary at all give `rho = 1`.
+with `m` the size-weighted mean cluster size and `rho` an intraclass correlation (one-way ANOVA estimator, at least 0). `rho`
+is the larger of two: that of the outcomes, and that of the ranks of the scores whose sign makes the outcome. The second does
+not break down where all outcomes agree, so that 0 of n is not judged otherwise than 1 of n. Where neither varies, `rho = 1`.
 
 Means: the percentile bootstrap over clusters.
 """
@@ -14,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 from statsmodels.stats.proportion import proportion_confint
 
 Interval = tuple[float, float]
@@ -41,32 +41,40 @@ def rate_interval(
     outcomes = np.asarray(hits, dtype=float)
     if len(outcomes) == 0:
         return 0.0, 1.0
-    numbers = outcomes if scores is None else np.asarray(scores, dtype=float)
-    effective = len(outcomes) / design_effect(numbers, clusters)
+    effective = len(outcomes) / design_effect(outcomes, clusters, scores)
     return wilson(float(outcomes.mean()) * effective, effective, confidence)
 
 
-def design_effect(scores: np.ndarray, clusters: Sequence[str]) -> float:
+def design_effect(outcomes: np.ndarray, clusters: Sequence[str], scores: Sequence[float] | None = None) -> float:
     """`1 + (m - 1) rho`; 1 where every sample is its own cluster.
 
     Args:
-        scores: `[sample]` numbers.
+        outcomes: `[sample]` 0 or 1.
         clusters: the cluster of each sample.
+        scores: the numbers whose sign is the outcome; scores that are not finite rank lowest.
     """
     _, member = np.unique(np.asarray(clusters), return_inverse=True)
     sizes = np.bincount(member)
-    n, groups = len(scores), len(sizes)
-    weighted = float(np.square(sizes).sum() / n)
-    if groups == n:
+    if len(sizes) == len(outcomes):
         return 1.0
-    if groups == 1 or np.ptp(scores) == 0:
-        return weighted
-    means = np.bincount(member, weights=scores) / sizes
-    between = (sizes * np.square(means - scores.mean())).sum() / (groups - 1)
-    within = np.square(scores - means[member]).sum() / (n - groups)
+    weighted = float(np.square(sizes).sum() / len(outcomes))
+    candidates = [outcomes]
+    if scores is not None:
+        candidates.append(rankdata(np.nan_to_num(np.asarray(scores, dtype=float), nan=-np.inf)))
+    correlations = [_intraclass(numbers, member, sizes, weighted) for numbers in candidates if np.ptp(numbers) > 0]
+    return 1 + (weighted - 1) * (max(correlations) if correlations else 1.0)
+
+
+def _intraclass(numbers: np.ndarray, member: np.ndarray, sizes: np.ndarray, weighted: float) -> float:
+    """ANOVA estimate of the intraclass correlation, within 0 and 1; 1 for a single cluster."""
+    n, groups = len(numbers), len(sizes)
+    if groups == 1:
+        return 1.0
+    means = np.bincount(member, weights=numbers) / sizes
+    between = (sizes * np.square(means - numbers.mean())).sum() / (groups - 1)
+    within = np.square(numbers - means[member]).sum() / (n - groups)
     typical = (n - weighted) / (groups - 1)
-    rho = (between - within) / (between + (typical - 1) * within)
-    return 1 + (weighted - 1) * min(1.0, max(0.0, float(rho)))
+    return float(np.clip((between - within) / (between + (typical - 1) * within), 0.0, 1.0))
 
 
 def mean_interval(

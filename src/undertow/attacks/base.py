@@ -56,10 +56,6 @@ class Problem:
     stream: Float[Tensor, "batch slot d"]
     base_stream: Float[Tensor, "batch slot d"]
 
-    def edits(self, delta: Float[Tensor, "batch slot d"]) -> list[Edit]:
-        """Defence and perturbation, in the problem's order."""
-        return ordered(self.defence.edits(), perturbation_edits(self.slots, delta), self.order)
-
 
 def ordered(defence: Sequence[Edit], delta: Sequence[Edit], order: Order) -> list[Edit]:
     """Edits of defence and perturbation in the given order at each site."""
@@ -92,9 +88,9 @@ class Attack(ABC):
 
     constraint_name: str
 
-    def constraint(self, problem: Problem) -> Constraint:
-        """The constraint that holds for the problem's slots."""
-        return CONSTRAINTS.get(self.constraint_name)(problem.slots, problem.defence.defended)
+    def constraint(self, slots: tuple[Slot, ...], defence: Defence) -> Constraint:
+        """The constraint, for perturbations at these slots under this defence."""
+        return CONSTRAINTS.get(self.constraint_name)(slots, defence.defended)
 
     @abstractmethod
     def propose(self, problem: Problem, budgets: Sequence[Float[Tensor, " batch"]]) -> list[SolveResult]:
@@ -127,7 +123,7 @@ class Search(Attack):
 
     @override
     def propose(self, problem: Problem, budgets: Sequence[Float[Tensor, " batch"]]) -> list[SolveResult]:
-        objective, constraint = BehaviourObjective(problem), self.constraint(problem)
+        objective, constraint = BehaviourObjective(problem), self.constraint(problem.slots, problem.defence)
         start = torch.zeros_like(problem.stream)
         results = []
         for budget in budgets:

@@ -24,7 +24,13 @@ RANK_TOLERANCE = 1e-10
 
 
 class Constraint(ABC):
-    """A set of perturbations that an attack may use."""
+    """A set of perturbations that an attack may use.
+
+    Attributes:
+        forbids_everything: no perturbation but 0 satisfies it.
+    """
+
+    forbids_everything: bool = False
 
     @abstractmethod
     def project(self, delta: Float[Tensor, "batch slot d"]) -> Float[Tensor, "batch slot d"]:
@@ -58,18 +64,26 @@ class Subspace(Constraint):
     """
 
     def __init__(self, directions: list[Float[Tensor, "d n"] | None]) -> None:
-        self.directions = directions
         self.bases = [None if columns is None else orthonormal_basis(columns) for columns in directions]
+        self.forbids_everything = all(basis is not None and basis.shape[1] == len(basis) for basis in self.bases)
+        self._leak = Leak(directions)
 
     @override
     def project(self, delta: Float[Tensor, "batch slot d"]) -> Float[Tensor, "batch slot d"]:
-        slots = delta.double().unbind(1)
-        kept = [x if q is None else x - (x @ q) @ q.T for x, q in zip(slots, self.bases, strict=True)]
+        kept = [_off(x, q) for x, q in zip(delta.double().unbind(1), self.bases, strict=True)]
         return torch.stack(kept, 1).to(delta.dtype)
 
     @override
     def leak(self, delta: Float[Tensor, "batch slot d"]) -> Float[Tensor, " batch"]:
-        return leak(delta, self.directions)
+        return self._leak(delta)
+
+
+def _off(x: Float[Tensor, "batch d"], basis: Float[Tensor, "d rank"] | None) -> Float[Tensor, "batch d"]:
+    """`x - Q Q^T x`, with a remainder that is nothing but rounding set to 0."""
+    if basis is None:
+        return x
+    kept = x - (x @ basis) @ basis.T
+    return torch.where(kept.norm(dim=-1, keepdim=True) > 1e-12 * x.norm(dim=-1, keepdim=True), kept, 0.0)
 
 
 def orthonormal_basis(columns: Float[Tensor, "d n"]) -> Float[Tensor, "d rank"]:
@@ -78,19 +92,29 @@ def orthonormal_basis(columns: Float[Tensor, "d n"]) -> Float[Tensor, "d rank"]:
     return left[:, singular > RANK_TOLERANCE * singular.max().clamp(min=1e-300)]
 
 
-def leak(delta: Float[Tensor, "batch slot d"], directions: list[Tensor | None]) -> Float[Tensor, " batch"]:
+class Leak:
     """`||A^T delta|| / (||A||_2 ||delta||)` over all slots (method.md, Table of metrics), computed in float64.
 
     `||A||_2` is the largest singular value over the slots, so the figure is 1 for a perturbation along the direction that
-    the constraint sees best, and 0 inside the null space.
+    the constraint sees best, and 0 inside the null space and for `delta = 0`.
+
+    Args:
+        directions: for each slot `A`, `[d_model, n]`, or `None`.
     """
-    moved, largest = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device), 0.0
-    for vectors, columns in zip(delta.double().unbind(1), directions, strict=True):
-        if columns is not None:
-            moved = moved + (vectors @ columns.double()).square().sum(-1)
-            largest = max(largest, float(torch.linalg.matrix_norm(columns.double(), 2)))
-    size = delta.double().flatten(1).norm(dim=-1) * largest
-    return torch.where(size > 0, moved.sqrt() / size.clamp(min=1e-300), torch.zeros_like(size)).to(delta.dtype)
+
+    def __init__(self, directions: list[Float[Tensor, "d n"] | None]) -> None:
+        self._columns = [None if columns is None else columns.double() for columns in directions]
+        norms = [float(torch.linalg.matrix_norm(columns, 2)) for columns in self._columns if columns is not None]
+        self._largest = max(norms, default=0.0)
+
+    def __call__(self, delta: Float[Tensor, "batch slot d"]) -> Float[Tensor, " batch"]:
+        """The leak of each sample's perturbation."""
+        moved = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device)
+        for vectors, columns in zip(delta.double().unbind(1), self._columns, strict=True):
+            if columns is not None:
+                moved = moved + (vectors @ columns).square().sum(-1)
+        size = delta.double().flatten(1).norm(dim=-1) * self._largest
+        return torch.where(size > 0, moved.sqrt() / size.clamp(min=1e-300), torch.zeros_like(size)).to(delta.dtype)
 
 
 # A constraint is built from the slots of the perturbation and the feature sets defended at each site.

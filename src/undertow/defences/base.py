@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from undertow.models.batch import Where
 from undertow.models.residual import Edit
 from undertow.saes.sae import FeatureSet
 from undertow.sites import Site
+
+
+@dataclass
+class FiringCount:
+    """How often a defence acted: on how many samples by offset, and on how many positions of each sample (P8)."""
+
+    by_offset: dict[int, int] = field(default_factory=dict)
+    by_sample: Int[Tensor, " batch"] | None = None
+
+    def add(self, acted: Bool[Tensor, "batch slice"], where: Where) -> None:
+        """Count the positions at which the defence was applied in this pass."""
+        for offset, count in zip(where.offsets.tolist(), acted.sum(0).tolist(), strict=True):
+            self.by_offset[offset] = self.by_offset.get(offset, 0) + count
+        self.by_sample = acted.sum(1) if self.by_sample is None else self.by_sample + acted.sum(1)
 
 
 class Defence(ABC):
     """An intervention that is meant to remove a behaviour, at one site or several."""
 
     @abstractmethod
-    def edits(self) -> Sequence[Edit]:
-        """The edits, in order; they are active in the prompt and at every decode step (P8)."""
+    def edits(self, count: FiringCount | None = None) -> list[Edit]:
+        """The edits, in order; they are active in the prompt and at every decode step (P8). `count` tallies where they act."""
 
     @property
     @abstractmethod

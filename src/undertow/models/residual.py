@@ -142,10 +142,9 @@ def generate(
     """
     prompt_width = batch.width
     cache = DynamicCache(config=model.config) if use_cache else None
-    head = model.network.get_output_embeddings()
     done = 0
     for _ in range(max_new_tokens):
         hidden = run(model, batch, edits, columns=(done, batch.width), prompt_width=prompt_width, cache=cache)
-        batch = batch.extended(head(hidden[:, -1]).argmax(-1, keepdim=True))
+        batch = batch.extended(model.all_logits(hidden[:, -1]).argmax(-1, keepdim=True))
         done = batch.width - 1 if use_cache else 0
     return batch.ids[:, prompt_width:]

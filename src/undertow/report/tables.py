@@ -65,7 +65,9 @@ def _arms(run: dict[str, Any], width: int) -> Table:
     table.add_column("arm", no_wrap=True)
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    for arm, entries in {**run["arms"], **run["controls"]}.items():
+    # The random controls of the other arms say the same as the reference arm's; they are in run.json.
+    shown = {arm: entries for arm, entries in run["controls"].items() if not arm.startswith("control:random:")}
+    for arm, entries in {**run["arms"], **shown}.items():
         ordered = sorted(entries.values(), key=lambda entry: entry["budget"])
         for index, entry in enumerate(ordered):
             cells = [cell(entry) for _, cell in columns]

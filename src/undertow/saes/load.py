@@ -45,7 +45,7 @@ def read_sae(name: str | None, model_name: str, *, site: str | None = None, cent
         UndertowError: it cannot be found or read.
     """
     name = name or default_sae(model_name)
-    return load_saelens(_folder(name), name, site=site, centre_input=centre_input)
+    return load_saelens(locate_sae(name), name, site=site, centre_input=centre_input)
 
 
 def fitted(sae: SAE, model: LanguageModel) -> SAE:
@@ -78,10 +78,15 @@ def check_sae_name(name: str | None, model_name: str) -> None:
     Raises:
         UndertowError: as `load_sae` does.
     """
-    _folder(name or default_sae(model_name), dry=True)
+    locate_sae(name or default_sae(model_name), dry=True)
 
 
-def _folder(name: str, dry: bool = False) -> Path:
+def locate_sae(name: str, dry: bool = False) -> Path:
+    """The folder that a name means, fetched from the hub where it means one there, unless `dry`.
+
+    Raises:
+        UndertowError: it means nothing that can be found.
+    """
     if name in packaged_saes():
         return packaged_saes()[name]
     path = Path(name).expanduser()

@@ -16,16 +16,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from undertow.errors import UndertowError
 from undertow.models.batch import Batch
 from undertow.models.language_model import LanguageModel
 from undertow.models.residual import Edit
 from undertow.models.suffix import SuffixPass
 from undertow.saes.sae import SAE
 
-WINDOW, MIN_WINDOW, BATCH_TOKENS = 128, 12, 2048
+WINDOW, MIN_WINDOW, BATCH_TOKENS, MASSIVE = 128, 12, 2048, 5.0
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,34 @@ class ExplainedVariance:
 
     @property
     def value(self) -> float:
-        """Explained variance of all rows so far."""
+        """Explained variance of all rows so far.
+
+        Raises:
+            UndertowError: there are no rows, or they do not vary.
+        """
+        if not self.rows:
+            raise UndertowError(
+                "no position of the text is one that the SAE applies to.",
+                "The text is too short, or the SAE's norm_limit belongs to another model, site or scaling.",
+            )
         return 1 - self._error / (self._squares - float(torch.as_tensor(self._sum).square().sum()) / self.rows)
+
+
+def scored_positions(
+    sae: SAE, stream: Float[Tensor, "batch pos d"], mask: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """Ordinary positions; for an SAE without `norm_limit`, those within `MASSIVE` times the batch's median norm."""
+    if sae.norm_limit is not None:
+        return mask & sae.ordinary(stream)
+    norms = stream.float().norm(dim=-1)
+    return mask & (norms <= MASSIVE * norms[mask].median())
 
 
 @torch.no_grad()
 def variance_explained_on(model: LanguageModel, sae: SAE, batch: Batch) -> float:
     """Explained variance at the ordinary positions of a batch of prompts."""
     stream = SuffixPass(model, batch, sae.site, first_offset=None).entering
-    ordinary = batch.mask & sae.ordinary(stream)
+    ordinary = scored_positions(sae, stream, batch.mask)
     explained = ExplainedVariance()
     explained.add(sae.target(stream)[ordinary], sae.decode(sae.encode(stream))[ordinary])
     return explained.value
@@ -80,13 +100,14 @@ def variance_explained_on(model: LanguageModel, sae: SAE, batch: Batch) -> float
 
 def text_batches(model: LanguageModel, texts: list[str], tokens: int) -> Iterator[Batch]:
     """Batches of windows of up to 128 tokens, each within one text, until `tokens` have been given."""
+    window = min(WINDOW, getattr(model.config, "max_position_embeddings", WINDOW))
     windows, total = [], 0
     for text in texts:
         if total >= tokens:
             break
-        ids = model.tokenizer(text)["input_ids"]
-        new = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-        windows += [window for window in new if len(window) >= MIN_WINDOW]
+        (ids,) = model.encode([text])
+        new = [ids[start : start + window] for start in range(0, len(ids), window)]
+        windows += [piece for piece in new if len(piece) >= MIN_WINDOW]
         total = sum(map(len, windows))
     windows.sort(key=len)
     while windows:
@@ -104,7 +125,8 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=model.device)
     for batch in text_batches(model, texts, tokens):
         suffix = SuffixPass(model, batch, sae.site, first_offset=None)
-        stream, ordinary = suffix.entering, batch.mask & sae.ordinary(suffix.entering)
+        stream = suffix.entering
+        ordinary = scored_positions(sae, stream, batch.mask)
         latents = sae.encode(stream)
         target = sae.target(stream)
         reconstruction = sae.decode(latents)
@@ -118,8 +140,9 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
             hidden = suffix(before=[Edit(sae.site, lambda stream, where, mixed=mixed: mixed)])
             losses[name] += _loss(model, batch, hidden)
         predicted += int(batch.mask[:, :-1].sum())
+    value = explained.value
     return Quality(
-        tokens=int(real), ordinary_share=explained.rows / real, explained_variance=explained.value,
+        tokens=int(real), ordinary_share=explained.rows / real, explained_variance=value,
         l0=active / explained.rows,
         dead_features=int((~fired).sum()), loss_clean=losses["clean"] / predicted,
         loss_reconstructed=losses["reconstructed"] / predicted, loss_zeroed=losses["zeroed"] / predicted,
@@ -129,7 +152,5 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
 def _loss(model: LanguageModel, batch: Batch, hidden: Tensor) -> float:
     """Summed next-token cross-entropy over the batch's real tokens."""
     keep = batch.mask[:, :-1]
-    logits = model.network.get_output_embeddings()(hidden[:, :-1][keep])
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    logits = cap * torch.tanh(logits / cap) if cap else logits
+    logits = model.all_logits(hidden[:, :-1][keep])
     return float(torch.nn.functional.cross_entropy(logits.float(), batch.ids[:, 1:][keep], reduction="sum"))

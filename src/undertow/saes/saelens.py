@@ -96,8 +96,10 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 def _activation(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Activation:
     architecture = config.get("architecture", "standard")
     function = config.get("activation_fn_str", config.get("activation_fn", "relu"))
-    scaled = config.get("normalize_activations", "none") not in (None, "none")
-    if scaled or config.get("rescale_acts_by_decoder_norm") or config.get("reshape_activations", "none") != "none":
+    # Older files hold a boolean here.
+    scaled = config.get("normalize_activations", "none") not in (None, False, "none")
+    unfolded = any(config.get(name) for name in ("finetuning_scaling_factor", "rescale_acts_by_decoder_norm"))
+    if scaled or unfolded or config.get("reshape_activations", "none") != "none":
         raise UndertowError(
             f"{folder / CONFIG} asks for a normalisation of its input that is not folded into the weights.",
             "Fold it with SAELens before saving.",

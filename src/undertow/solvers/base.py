@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from undertow.constraints.base import Constraint
-from undertow.registry import Registry
 
 
 class Objective(ABC):
@@ -71,6 +70,3 @@ class Solver(ABC):
         start: Float[Tensor, "batch slot d"],
     ) -> SolveResult:
         """Search from `start` within `budget`, an absolute joint norm for each sample."""
-
-
-SOLVERS: Registry[type[Solver]] = Registry("solver", "undertow.solvers")

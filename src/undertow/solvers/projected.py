@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from undertow.constraints.base import Constraint
 from undertow.models.perturbation import clipped, joint_norm
-from undertow.solvers.base import SOLVERS, Objective, Solver, SolveResult, Status
+from undertow.solvers.base import Objective, Solver, SolveResult, Status
 
 LEAK_LIMIT = 1e-5
 
@@ -133,6 +133,3 @@ def _check_leak(constraint: Constraint, delta: Tensor) -> None:
     worst = float(constraint.leak(delta).max())
     if worst > LEAK_LIMIT:
         raise RuntimeError(f"the perturbation left its constraint: leak {worst:.1e} exceeds {LEAK_LIMIT:.0e}")
-
-
-SOLVERS.add("projected", Projected)

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from undertow.constraints.base import Constraint
 from undertow.models.perturbation import clipped
-from undertow.solvers.base import SOLVERS, Objective, Solver, SolveResult, Status
+from undertow.solvers.base import Objective, Solver, SolveResult, Status
 from undertow.solvers.projected import value_and_gradient
 
 
@@ -53,6 +53,3 @@ class Published(Solver):
             value = objective(delta, rows)
         status = [Status.REACHED if done else Status.EXHAUSTED for done in (value >= objective.target).tolist()]
         return SolveResult(delta.detach(), value, status, torch.full((len(delta),), self.steps))
-
-
-SOLVERS.add("published", Published)

@@ -126,7 +126,7 @@ def _single_token_names(model: LanguageModel, settings: IOIData) -> list[str]:
     if settings.names:
         for name in settings.names:
             model.single_token(f" {name}")
-        names = list(settings.names)
+        names = list(dict.fromkeys(settings.names))
     else:
         names = [name for name in NAMES if _is_single(model, name)]
     if len(names) < MIN_NAMES:
