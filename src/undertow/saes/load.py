@@ -10,17 +10,19 @@ from undertow.errors import UndertowError
 from undertow.models.language_model import LanguageModel
 from undertow.saes.sae import SAE
 from undertow.saes.saelens import CONFIG, WEIGHTS, load_saelens
+from undertow.sites import Site
 
 
 def packaged_saes() -> dict[str, Path]:
-    """Packaged SAEs by name, `model/site`."""
+    """Packaged SAEs by name, `model/site`, from shallow to deep."""
     root = Path(str(resources.files("undertow") / "data" / "saes"))
-    folders = sorted(path.parent for path in root.glob(f"*/*/{CONFIG}"))
+    folders = [path.parent for path in root.glob(f"*/*/{CONFIG}")]
+    folders.sort(key=lambda folder: (folder.parent.name, Site.parse(folder.name)))
     return {f"{folder.parent.name}/{folder.name}": folder for folder in folders}
 
 
 def default_sae(model_name: str) -> str:
-    """The packaged SAE nearest to half depth for a model.
+    """The middle one of the SAEs packaged for a model.
 
     Raises:
         UndertowError: none is packaged for it.
@@ -28,7 +30,7 @@ def default_sae(model_name: str) -> str:
     names = [name for name in packaged_saes() if name.split("/")[0] == model_name]
     if not names:
         raise UndertowError(f"no SAE is packaged for model {model_name!r}.", "Name one with --sae FOLDER.")
-    return sorted(names, key=lambda name: int(re.findall(r"\d+", name.split("/")[1])[0]))[len(names) // 2]
+    return names[len(names) // 2]
 
 
 def read_sae(name: str | None, model_name: str, *, site: str | None = None, centre_input: bool = False) -> SAE:
