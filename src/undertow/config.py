@@ -109,7 +109,7 @@ class AuditConfig(Section):
     min_flips: PositiveInt = Field(default=10, description="below this the verdict is 'too few flips'")
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     resamples: PositiveInt = Field(default=2000, description="bootstrap resamples")
-    batch_size: PositiveInt = Field(default=32, description="samples attacked together")
+    batch_size: PositiveInt = Field(default=128, description="samples attacked together")
 
 
 Data = TypeVar("Data", bound=Section)
