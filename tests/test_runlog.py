@@ -89,6 +89,7 @@ def test_a_killed_run_goes_on_and_ends_equal(setting, tmp_path, monkeypatch):
     assert done[-1] in again, "the unit with the torn row is done again"
     assert not set(done[:-1]) & set(again), "finished units are not"
     assert comparable(whole) == comparable(killed)
+    assert (whole / "deltas.safetensors").read_bytes() == (killed / "deltas.safetensors").read_bytes()
     assert not (killed / "parts").exists()
 
 

@@ -168,9 +168,9 @@ def _run_and_print(config: Any, folder: Path, as_json: bool) -> None:
     from undertow.audit import run_audit
     from undertow.report.tables import run_tables
 
-    progress_console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=progress_console, transient=True) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
         line = bar.add_task("starting", total=None)
         log = run_audit(
             config, folder, lambda what, done, total: bar.update(line, description=what, completed=done, total=total)

@@ -13,6 +13,7 @@ one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from undertow.cache import write_atomically
+from undertow.cache import cache_root, write_atomically
 from undertow.errors import UndertowError
 
 FORMAT = 1
@@ -120,8 +121,9 @@ class RunLog:
         tensors: dict[str, Tensor] = {}
         for part in sorted((self.folder / PARTS).glob("*.safetensors")):
             tensors.update(load_file(part))
+        # One entry of metadata only: the format does not order several, and equal runs should give equal files.
         staging = self.folder / f".{DELTAS}"
-        save_file(tensors, staging, metadata={"format": str(FORMAT), "slots": json.dumps(slots)})
+        save_file(tensors, staging, metadata={"slots": json.dumps(slots)})
         os.replace(staging, self.folder / DELTAS)
         self.run.update(facts, status="complete", finished=_now())
         self._write_run()
@@ -170,22 +172,19 @@ def _check_same(folder: Path, existing: dict[str, Any], header: dict[str, Any]) 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a run folder, so that no second process writes into it.
+    """Hold a run folder, so that no second process of this user writes into it. The lock lies in the cache.
 
     Raises:
-        UndertowError: another process holds it, or the folder cannot be written.
+        UndertowError: another process holds it.
     """
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    locks = cache_root() / "locks"
+    locks.mkdir(exist_ok=True)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
+        with FileLock(locks / f"run-{digest}.lock", timeout=0):
             yield
     except Timeout as error:
         raise UndertowError(f"another process is writing {folder}.", "Wait for it, or choose another --out.") from error
-    except OSError as error:
-        raise UndertowError(
-            f"the run folder {folder} cannot be written ({error.strerror}).", "Choose another folder with --out."
-        ) from error
 
 
 def _existing(folder: Path) -> dict[str, Any] | None:

@@ -123,6 +123,7 @@ class Search(Attack):
 
     @override
     def propose(self, problem: Problem, budgets: Sequence[Float[Tensor, " batch"]]) -> list[SolveResult]:
+        """Solve for each budget in turn, each from the last one's answer if the solver allows it."""
         objective, constraint = BehaviourObjective(problem), self.constraint(problem.slots, problem.defence)
         start = torch.zeros_like(problem.stream)
         results = []

@@ -147,6 +147,7 @@ class Clamps(Defence):
 
     @override
     def describe(self) -> list[dict[str, Any]]:
+        """Rule, value, error term, positions and features of every clamp: what names a clamp fully (method.md section 1)."""
         return [
             {
                 "site": str(clamp.site), "sae": clamp.features.sae.name, "features": list(clamp.features.indices),

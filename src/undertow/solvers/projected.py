@@ -58,6 +58,11 @@ class Projected(Solver):
         budget: Float[Tensor, " batch"],
         start: Float[Tensor, "batch slot d"],
     ) -> SolveResult:
+        """Search as the module's docstring says; the best iterate of each sample is its answer.
+
+        Raises:
+            RuntimeError: an iterate left the constraint by more than `LEAK_LIMIT`.
+        """
         delta = clipped(constraint.project(start), budget)
         previous = delta.clone()
         direction = torch.zeros_like(delta)

@@ -41,6 +41,7 @@ class Published(Solver):
         budget: Float[Tensor, " batch"],
         start: Float[Tensor, "batch slot d"],
     ) -> SolveResult:
+        """All steps from zero, whatever `start` is; the last iterate is the answer."""
         delta = torch.zeros_like(start)
         rows = torch.arange(len(delta), device=delta.device)
         optimiser = torch.optim.Adam([delta], lr=self.learning_rate, maximize=True)
