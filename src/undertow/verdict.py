@@ -107,10 +107,11 @@ def _sentence(label: str, arm: str, entries: list[dict[str, Any]], context: dict
         # The smallest budget that brings back as many as the largest, and the smallest that brings back half.
         best = next(entry for entry in entries if entry["recovered"] >= top["recovered"])
         half = next((entry for entry in entries if entry["rate"] >= 0.5), best)
+        sooner = "" if half is best else f"; {half['rate']:.0%} within {half['budget']:g}"
         return (
             f"Recovered: {who} brought back {context['describes']} in {_count(best)} within a budget of {best['budget']:g} "
-            f"({unit}), mean relative norm {best['metrics']['relative_norm']['mean']:.3f}; {half['rate']:.0%} within "
-            f"{half['budget']:g}. Whether this is specific to the suppressed behaviour was not tested."
+            f"({unit}), mean relative norm {best['metrics']['relative_norm']['mean']:.3f}{sooner}. "
+            "Whether this is specific to the suppressed behaviour was not tested."
         )
     outcome = f"{who} brought back {context['describes']} in {_count(top)} up to budget {top['budget']:g} ({unit})"
     endings = {
