@@ -163,7 +163,6 @@ def _quality_checks(quality: Quality, sae: SAE) -> list[Check]:
 def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
     """Set the strongest latents to their largest value by a hook, and look at the stream that comes out of it."""
     where = Where.slice(batch, 0, batch.width, batch.width)
-    before, after = Recorder(sae.site), Recorder(sae.site)
     stream = SuffixPass(model, batch, sae.site, first_offset=None).entering.float()
     ordinary = batch.mask & sae.ordinary(stream)
     latents = sae.encode(stream)
@@ -171,10 +170,11 @@ def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
     features = sae.features(strongest.tolist())
     value = float(latents[ordinary][:, strongest].max())
     clamp = Clamp(features, "set", value, skip_special=False)
+    after = Recorder(sae.site)
     with torch.no_grad():
-        run(model, batch, [before.edit, clamp.edit(), after.edit])
-    scope = clamp.scope(before.states, where)
-    entering, clamped = before.states.float()[scope], after.states.float()[scope]
+        run(model, batch, [clamp.edit(), after.edit])
+    scope = clamp.scope(stream, where)
+    entering, clamped = stream[scope], after.states.float()[scope]
 
     latents = sae.encode(entering)
     wanted = latents.clone()

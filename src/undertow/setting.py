@@ -72,7 +72,6 @@ def prepare(config: RunConfig) -> Setting:
     Raises:
         UndertowError: anything in the configuration that does not fit together.
     """
-    check_names(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)

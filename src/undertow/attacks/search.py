@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from undertow.attacks.base import ARMS, Attack, Search
 from undertow.config import AttackConfig
 from undertow.solvers.projected import Projected
 from undertow.solvers.published import Published
 
+Builder = Callable[[AttackConfig], Attack]
 
-def _projected(constraint: str):
+
+def _projected(constraint: str) -> Builder:
     def build(config: AttackConfig) -> Attack:
         return Search(Projected(steps=config.steps), constraint)
 
     return build
 
 
-def _published(constraint: str):
+def _published(constraint: str) -> Builder:
     def build(config: AttackConfig) -> Attack:
         return Search(Published(config.published_steps, config.published_learning_rate), constraint)
 

@@ -48,7 +48,8 @@ def perturbation_edits(slots: tuple[Slot, ...], delta: Float[Tensor, "batch slot
     return [_adding(site, slots, delta) for site in sites]
 
 
-def _adding(site: Site, slots: tuple[Slot, ...], delta: Tensor) -> Edit:
+def _adding(site: Site, slots: tuple[Slot, ...], delta: Float[Tensor, "batch slot d"]) -> Edit:
+    """The edit that adds the slots of one site, whichever of them lie in the slice that a pass is computing (P7)."""
     chosen = [index for index, slot in enumerate(slots) if slot.site == site]
     offsets = torch.tensor([slots[index].offset for index in chosen])
 

@@ -107,8 +107,9 @@ def text_batches(model: LanguageModel, texts: list[str], tokens: int) -> Iterato
             break
         (ids,) = model.encode([text])
         new = [ids[start : start + window] for start in range(0, len(ids), window)]
-        windows += [piece for piece in new if len(piece) >= MIN_WINDOW]
-        total = sum(map(len, windows))
+        kept = [piece for piece in new if len(piece) >= MIN_WINDOW]
+        windows += kept
+        total += sum(map(len, kept))
     windows.sort(key=len)
     while windows:
         count = max(1, BATCH_TOKENS // len(windows[-1]))
