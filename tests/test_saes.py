@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from undertow.errors import UndertowError
 from undertow.saes.activations import JumpReLU, ReLU, TopK
 from undertow.saes.load import load_sae
-from undertow.saes.quality import Quality
+from undertow.saes.quality import ExplainedVariance, Quality
 from undertow.saes.saelens import load_saelens
 
 LATENTS = 40
@@ -127,3 +127,20 @@ def test_jumprelu_is_strict_and_ordinary_positions_follow_the_limit():
 def test_loss_recovered():
     quality = Quality(100, 1.0, 0.9, 10, 0, loss_clean=3.0, loss_reconstructed=3.5, loss_zeroed=13.0)
     assert quality.loss_recovered == pytest.approx(0.95)
+
+
+def test_a_bad_card_does_not_lower_the_bar():
+    """A card that says -1.7 must not make -1.7 acceptable: the least explained variance holds with a card as without."""
+    from dataclasses import replace
+
+    from undertow.preflight import _quality_checks
+
+    quality = Quality(100, 1.0, -1.7, 10, 0, loss_clean=3.0, loss_reconstructed=9.0, loss_zeroed=13.0)
+    for card in ({}, {"held_out": {"explained_variance": -1.7}}):
+        checks = {check.name: check for check in _quality_checks(quality, replace(tiny_sae(), card=card))}
+        assert not checks["explained variance"].passed
+
+
+def test_no_position_to_score_is_an_error_with_a_way_out():
+    with pytest.raises(UndertowError, match="no position of the text"):
+        _ = ExplainedVariance().value
