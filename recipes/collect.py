@@ -3,8 +3,9 @@
     python recipes/collect.py --out ACTS --layers 9 15 21 --tokens 4000000
 
 What is kept, and why (SmolLM2 has massive activations: 0.02 % of positions hold most of the raw variance):
-1. each text alone, cut into windows of 128 tokens; texts are never joined, so no window attends across documents;
-2. the first position of every window is left out: it is an attention sink with a norm a hundred times the median;
+1. each text alone, cut into windows of 128 tokens, each of which starts with a BOS where the tokenizer adds one; texts are
+   never joined, so no window attends across documents;
+2. the first position of every window is left out: it is an attention sink with a norm far above the median;
 3. so is every position whose norm is over `NORM_FACTOR` times the median norm of the site (`norm_limit` in the card);
    the SAE has nothing to say there, and undertow's clamps leave such positions alone;
 4. rows are stored raw, in float16, in the order in which they come; training shuffles them.
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from undertow.models.batch import token_windows
 from undertow.models.packaged import PACKAGED_MODELS, packaged_folder
 from undertow.texts import corpus_texts
 
@@ -35,7 +37,7 @@ def windows(texts: list[str], tokenizer, batch_texts: int = 2000):
     for start in range(0, len(texts), batch_texts):
         pieces = []
         for ids in tokenizer(texts[start : start + batch_texts])["input_ids"]:
-            pieces += [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
+            pieces += token_windows(ids, WINDOW, tokenizer.bos_token_id)
         pieces = sorted((piece for piece in pieces if len(piece) >= MIN_WINDOW), key=len)
         order, batch = [], []
         for piece in pieces:
@@ -115,6 +117,7 @@ def main() -> None:
     facts = {
         "model": args.model, "layers": args.layers, "rows": filled, "massive_left_out": massive, "window": WINDOW,
         "positions_seen": tokens, "norm_limit": limits, "norm_factor": NORM_FACTOR, "seconds": time.time() - began,
+        "prepend_bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
     }  # fmt: skip
     (args.out / "facts.json").write_text(json.dumps(facts, indent=2))
     print(json.dumps(facts))

@@ -49,7 +49,7 @@ def test_delta_form_equals_decoding_the_clamped_latents(rule, keep_error, kind):
     wanted = latents.clone()
     for index in features:
         wanted[..., index] = torch.tensor([[BY_HAND[rule](float(z), value) for z in row] for row in latents[..., index]])
-    slow = sae.decode(wanted) + (stream - sae.decode(latents) if keep_error else 0)
+    slow = sae.decode(wanted, stream) + (stream - sae.decode(latents, stream) if keep_error else 0)
     clamped = Clamp(sae.features(features), rule, value, keep_error).apply(stream, whole(batch))
     assert torch.allclose(clamped[batch.mask], slow[batch.mask], atol=1e-5)
     assert torch.equal(clamped[~batch.mask], stream[~batch.mask]), "padding is left alone"

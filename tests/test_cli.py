@@ -109,7 +109,7 @@ def test_presets_resolve_and_hold_the_published_settings(preset):
     config = yaml.safe_load(result.stdout)
     assert config["model"]["name"] == "gpt2"
     assert config["sae"]["site"] == "blocks.4.hook_resid_pre"
-    assert config["features"] == {"method": "attribution", "count": 64, "positions": "last", "indices": []}
+    assert config["features"] == {"method": "attribution", "count": 64, "positions": "last", "indices": [], "neuronpedia": None}
     assert (config["clamp"]["rule"], config["clamp"]["value"]) == ("set_if_active", -5.0)
     assert config["attack"]["published_steps"] == 100
     assert max(config["attack"]["budgets"]) == 20

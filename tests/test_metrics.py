@@ -11,9 +11,8 @@ from undertow.saes.sae import Latents
 
 def reading(features, pre, threshold=0.2):
     pre = torch.tensor(pre).float()
-    return Reading(
-        features, Latents(pre, pre * (pre > threshold), torch.full_like(pre, threshold)), torch.ones(pre.shape[:2]).bool()
-    )
+    latents = Latents(pre, pre * (pre > threshold), torch.full_like(pre, threshold), torch.ones(*pre.shape[:2], 1))
+    return Reading(features, latents, torch.ones(pre.shape[:2]).bool())
 
 
 def test_by_hand():

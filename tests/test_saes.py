@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 
 from undertow.errors import UndertowError
 from undertow.saes.activations import JumpReLU, ReLU, TopK
-from undertow.saes.load import load_sae
+from undertow.saes.load import load_sae, read_sae
 from undertow.saes.quality import ExplainedVariance, Quality
-from undertow.saes.saelens import load_saelens
 
 LATENTS = 40
 
@@ -41,7 +40,7 @@ def write(folder, architecture="jumprelu", **changes):
 @pytest.mark.parametrize(("architecture", "kind"), [("jumprelu", JumpReLU), ("standard", ReLU), ("topk", TopK)])
 def test_encode_and_decode_as_written(tmp_path, architecture, kind, subtract):
     t = write(tmp_path, architecture, apply_b_dec_to_input=subtract, k=5)
-    sae = load_saelens(tmp_path, "x")
+    sae = read_sae(str(tmp_path), "x")
     assert isinstance(sae.activation, kind)
     h = torch.randn(6, D)
     pre = (h - t["b_dec"] * subtract) @ t["W_enc"] + t["b_enc"]
@@ -52,7 +51,7 @@ def test_encode_and_decode_as_written(tmp_path, architecture, kind, subtract):
     else:
         z = pre.relu()
     assert torch.allclose(sae.encode(h), z, atol=1e-4)
-    assert torch.allclose(sae.decode(z), z @ t["W_dec"] + t["b_dec"], atol=1e-4)
+    assert torch.allclose(sae.decode(z, h), z @ t["W_dec"] + t["b_dec"], atol=1e-4)
     features = sae.features([3, 30])
     assert torch.allclose(features.read(h).post, z[:, [3, 30]], atol=1e-4)
 
@@ -61,13 +60,13 @@ def test_float16_weights_become_float32(tmp_path):
     """P17."""
     t = write(tmp_path)
     save_file({name: tensor.half() for name, tensor in t.items()}, tmp_path / "sae_weights.safetensors")
-    sae = load_saelens(tmp_path, "x")
+    sae = read_sae(str(tmp_path), "x")
     assert {sae.W_enc.dtype, sae.W_dec.dtype, sae.b_enc.dtype} == {torch.float32}
 
 
 def test_centred_input_is_folded(tmp_path):
     t = write(tmp_path, apply_b_dec_to_input=False)
-    sae = load_saelens(tmp_path, "x", centre_input=True)
+    sae = read_sae(str(tmp_path), "x", centre_input=True)
     h = torch.randn(6, D) + 5
     pre = (h - h.mean(-1, keepdim=True)) @ t["W_enc"] + t["b_enc"]
     assert torch.allclose(sae.features([0, 1]).read(h).pre, pre[:, :2], atol=1e-4)
@@ -77,31 +76,34 @@ def test_centred_input_is_folded(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"W_enc": torch.zeros(D, LATENTS - 1)}, r"W_enc has shape \[32, 39\], cfg.json says \[32, 40\]"),
+        ({"W_enc": torch.zeros(D, LATENTS - 1)}, r"W_enc has shape \[32, 39\], expected \[32, 40\]"),
         ({"b_dec": torch.full((D,), float("nan"))}, "b_dec holds values that are NaN"),
-        ({"architecture": "gated"}, "architecture 'gated'"),
-        ({"normalize_activations": "layer_norm"}, "normalisation"),
+        ({"architecture": "temporal"}, "architecture 'temporal'"),
+        ({"reshape_activations": "hook_z"}, "attention heads"),
+        ({"scaling_factor": torch.full((LATENTS,), 2.0)}, "fine-tuning scaling factor"),
+        ({"normalize_activations": "batch_norm"}, "normalize_activations is 'batch_norm'"),
+        ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
         ({"metadata": {}}, "names no hook point"),
-        ({"d_sae": "many"}, "no d_in and d_sae"),
+        ({"d_sae": "many"}, "d_sae is 'many', expected a positive whole number"),
     ],
 )
 def test_refusals(tmp_path, changes, message):
     write(tmp_path, **changes)
     with pytest.raises(UndertowError, match=message):
-        load_saelens(tmp_path, "x")
+        read_sae(str(tmp_path), "x")
 
 
-def test_truncated_pickled_and_missing_files(tmp_path):
+def test_truncated_and_missing_files(tmp_path):
     write(tmp_path)
     weights = tmp_path / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(UndertowError, match="pickled"):
-        load_saelens(tmp_path, "x")
+    with pytest.raises(UndertowError, match="sae_weights.safetensors cannot be read"):
+        read_sae(str(tmp_path), "x")
     weights.unlink()
-    with pytest.raises(UndertowError, match="cannot be read"):
-        load_saelens(tmp_path, "x")
-    with pytest.raises(UndertowError, match=r"cfg\.json cannot be read"):
-        load_saelens(tmp_path / "nowhere", "x")
+    with pytest.raises(UndertowError, match="holds no SAE weights that are known"):
+        read_sae(str(tmp_path), "x")
+    with pytest.raises(UndertowError, match="is not a folder"):
+        read_sae(str(tmp_path / "nowhere"), "x")
 
 
 def test_pairs_that_do_not_fit(tmp_path):

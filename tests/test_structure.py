@@ -67,6 +67,12 @@ def test_help_imports_nothing_heavy():
 def test_nothing_unsafe_is_called():
     """E7: no pickle, no code from checkpoints, no unsafe YAML, no fixed device."""
     for path in SOURCE.rglob("*.py"):
-        text = path.read_text()
-        for forbidden in ("torch.load", "import pickle", "trust_remote_code=True", "yaml.load(", ".cuda(", "eval("):
-            assert forbidden not in text.replace(".eval(", ""), f"{forbidden} in {path}"
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            # What stands in a string, such as a command shown to the user, is not called.
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value = ""
+        code = ast.unparse(tree)
+        forbidden_words = ("torch.load", "import pickle", "trust_remote_code=True", "allow_pickle=True", "yaml.load(", ".cuda(")
+        for forbidden in (*forbidden_words, "eval("):
+            assert forbidden not in code.replace(".eval(", ""), f"{forbidden} in {path}"

@@ -34,6 +34,7 @@ from undertow.errors import UndertowError
 from undertow.measurement import Measurement, measure
 from undertow.metrics import feature_metrics, perturbation_metrics
 from undertow.runlog import RunLog, environment, exclusive
+from undertow.saes.neuronpedia import feature_url
 from undertow.setting import Flips, Setting, check_names, find_flips, fingerprints, prepare
 from undertow.solvers.base import Status
 from undertow.summary import summarise
@@ -257,6 +258,9 @@ def _results(setting: Setting, flips: Flips, log: RunLog, reference: str, second
     }  # fmt: skip
     clamp = setting.defence.describe()
     clamp[0]["scores"] = setting.selection.scores
+    pages = config.features.neuronpedia or setting.sae.neuronpedia
+    if pages:
+        clamp[0]["neuronpedia"] = [feature_url(pages, index) for index in setting.selection.indices]
     return {
         "model": {"name": setting.model.name, "layers": setting.model.n_layers, "width": setting.model.d_model,
                   **setting.model.source},

@@ -32,6 +32,7 @@ Start with:
 
     undertow run ioi                    audit a clamp on the packaged model (a few minutes)
     undertow show runs/ioi-xxxxxxxx     print its tables again
+    undertow compare RUN RUN            several runs in one table
     undertow check                      measure the packaged SAE and the machinery
     undertow list                       what is packaged and known
 """,
@@ -62,16 +63,25 @@ def _parse_list(text: str | None, convert: type, field: str) -> list[Any] | None
         ) from None
 
 
-Model = Annotated[Optional[str], typer.Option(help="packaged name, hub id, or local folder [default: smollm2]")]
-SAEName = Annotated[
-    Optional[str], typer.Option("--sae", help="packaged name, local folder, or hub id/folder [default: packaged]")
-]
+MODEL_HELP = "packaged name, hub id, local folder, or GGUF file [default: smollm2]"
+SAE_HELP = "packaged name, local folder, release/id, or hub id/folder [default: packaged]"
+Model = Annotated[Optional[str], typer.Option(help=MODEL_HELP)]
+SAEName = Annotated[Optional[str], typer.Option("--sae", help=SAE_HELP)]
+Models = Annotated[Optional[list[str]], typer.Option("--model", help=f"{MODEL_HELP}; again for a second model")]
+SAENames = Annotated[Optional[list[str]], typer.Option("--sae", help=f"{SAE_HELP}; one for each model")]
+Revision = Annotated[Optional[str], typer.Option(help="hub revision of the model")]
 Site = Annotated[Optional[str], typer.Option(help="overrides the SAE's own hook point, e.g. blocks.15.hook_resid_post")]
-PrependBos = Annotated[bool, typer.Option("--prepend-bos", help="put a BOS before prompts if the tokenizer adds none")]
-CentreInput = Annotated[
-    bool, typer.Option("--centre-input", help="the SAE reads mean-centred residuals (TransformerLens weights)")
+LayersPath = Annotated[Optional[str], typer.Option(help="where an unusual architecture keeps its blocks, e.g. model.blocks")]
+PrependBos = Annotated[
+    Optional[bool],
+    typer.Option("--prepend-bos/--no-prepend-bos", help="BOS before texts if the tokenizer adds none [default: as the SAE]"),
 ]
-Device = Annotated[Optional[str], typer.Option(help="torch device [default: cpu]")]
+CentreInput = Annotated[
+    Optional[bool],
+    typer.Option("--centre-input/--raw-input", help="the SAE reads mean-centred residuals [default: as its config says]"),
+]
+InputScale = Annotated[Optional[float], typer.Option(help="factor on the stream before encoding, where the SAE leaves it open")]
+Device = Annotated[Optional[str], typer.Option(help="torch device, or auto to spread layers over all [default: cpu]")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16 [default: float32]")]
 Threads = Annotated[Optional[int], typer.Option(help="CPU threads [default: one for each core]", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
@@ -80,12 +90,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on
 @app.command()
 def run(
     task: Annotated[str, typer.Argument(help="the task: ioi")],
-    model: Model = None,
-    revision: Annotated[Optional[str], typer.Option(help="hub revision of the model")] = None,
-    sae: SAEName = None,
+    model: Models = None,
+    revision: Revision = None,
+    sae: SAENames = None,
     site: Site = None,
     features: Annotated[
-        Optional[str], typer.Option(help="how many features attribution picks (20), or a list of indices (12,345,6; 77,)")
+        Optional[str],
+        typer.Option(help="how many features attribution picks (20), or a list of indices (12,345,6; 77,) or Neuronpedia URLs"),
     ] = None,
     clamp: Annotated[Optional[str], typer.Option(help="set, set_if_active, scale, zero, floor, cap")] = None,
     value: Annotated[Optional[float], typer.Option(help="the clamp's value (factor for scale)")] = None,
@@ -106,9 +117,19 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
-    prepend_bos: PrependBos = False,
-    centre_input: CentreInput = False,
-    out: Annotated[Optional[Path], typer.Option(help="run folder [default: runs/TASK-DIGEST]")] = None,
+    layers_path: LayersPath = None,
+    prepend_bos: PrependBos = None,
+    centre_input: CentreInput = None,
+    input_scale: InputScale = None,
+    accept_pairing: Annotated[
+        bool, typer.Option("--accept-pairing", help="go on although the SAE fits another site or scaling better")
+    ] = False,
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", help="any other field, e.g. --set attack.offsets=[-2,-1]; repeatable")
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="run folder, or with several models their parent [default: runs/TASK-DIGEST]")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -124,35 +145,76 @@ def run(
 
         undertow run ioi --model ./my-model --sae ./my-sae --arms none,encoder
 
+        undertow run ioi --model smollm2 --model gemma3-270m      replication: two models, one table
+
         undertow run ioi --preset paper --model ./gpt2 --sae ./gpt2-small-res-jb --dry-run
     """
     with _user_errors():
-        overrides = _nested(
-            {
-                "model.name": model, "model.revision": revision, "model.device": device, "model.dtype": dtype,
-                "model.prepend_bos": prepend_bos or None, "sae.centre_input": centre_input or None,
-                "sae.name": sae, "sae.site": site, "clamp.rule": clamp, "clamp.value": value,
-                "clamp.keep_error": False if drop_error else None, "clamp.positions": positions,
-                "attack.arms": _parse_list(arms, str, "arms"), "attack.budgets": _parse_list(budgets, float, "budgets"),
-                "attack.budget_unit": budget_unit, "attack.order": order, "attack.steps": steps,
-                "data.prompts": prompts, "data.names": _parse_list(names, str, "names"), "seed": seed,
-                "threads": threads, **_feature_fields(features),
-            }
-        )  # fmt: skip
         _quiet()
         from undertow.config import resolve
         from undertow.tasks.base import TASKS
 
-        resolved = resolve(task, TASKS.get(task).data, preset=preset, file=config, overrides=overrides)
+        overrides = {
+            "model.revision": revision, "model.device": device, "model.dtype": dtype, "model.prepend_bos": prepend_bos,
+            "model.layers_path": layers_path, "sae.site": site, "sae.centre_input": centre_input,
+            "sae.input_scale": input_scale, "sae.accept_pairing": accept_pairing or None,
+            "clamp.rule": clamp, "clamp.value": value, "clamp.keep_error": False if drop_error else None,
+            "clamp.positions": positions,
+            "attack.arms": _parse_list(arms, str, "arms"), "attack.budgets": _parse_list(budgets, float, "budgets"),
+            "attack.budget_unit": budget_unit, "attack.order": order, "attack.steps": steps,
+            "data.prompts": prompts, "data.names": _parse_list(names, str, "names"), "seed": seed,
+            "threads": threads, **_feature_fields(features), **_settings(settings),
+        }  # fmt: skip
+        data = TASKS.get(task).data
+        resolved = [
+            resolve(task, data, preset=preset, file=config, overrides=_nested({**overrides, **pair}))
+            for pair in _pairs(model, sae)
+        ]
         if dry_run:
-            typer.echo(_as_yaml(resolved.model_dump(mode="json")))
+            typer.echo("---\n".join(_as_yaml(one.model_dump(mode="json")) for one in resolved), nl=False)
             return
-        folder = out or Path("runs") / f"{task}-{resolved.digest()}"
-        _run_and_print(resolved, folder, as_json)
+        _run_and_print(resolved, out, as_json)
+
+
+def _pairs(models: list[str] | None, saes: list[str] | None) -> list[dict[str, Any]]:
+    """Names of model and SAE for each run that was asked for."""
+    if saes and len(saes) != len(models or [None]):
+        raise UndertowError(
+            f"{len(saes)} SAEs were given for {len(models or [None])} models.", "Give one --sae for each --model, or none."
+        )
+    named: list[str | None] = list(models or [None])
+    if len(set(named)) < len(named) and not saes:
+        raise UndertowError("the same model was given twice.", "Give different models, or an --sae for each.")
+    return [{"model.name": m, "sae.name": s} for m, s in zip(named, saes or [None] * len(named), strict=True)]
+
+
+def _settings(texts: list[str] | None) -> dict[str, Any]:
+    """`attack.offsets=[-2,-1]` as a field and its value, read as YAML."""
+    import yaml
+
+    fields = {}
+    for text in texts or []:
+        field, equals, value = text.partition("=")
+        if not equals or not field.strip():
+            raise UndertowError(f"--set {text!r} is not of the form FIELD=VALUE.", "Example: --set attack.offsets=[-2,-1].")
+        try:
+            fields[field.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UndertowError(f"--set {text!r}: the value is not YAML.", "Quote it, or use a config file.") from None
+    return fields
 
 
 def _feature_fields(text: str | None) -> dict[str, Any]:
-    """`20` is a count; a list, which one index makes with a trailing comma, is the features themselves."""
+    """`20` is a count; a list, which one index makes with a trailing comma, is the features themselves, as are addresses."""
+    from undertow.saes.neuronpedia import is_address, parse_address
+
+    if text is not None and is_address(text):
+        addresses = [parse_address(piece) for piece in text.split(",") if piece.strip()]
+        sources = {address.sae for address in addresses}
+        if len(sources) > 1:
+            raise UndertowError(f"--features are of several SAEs: {', '.join(sorted(sources))}.", "Give those of one.")
+        indices = [address.index for address in addresses]
+        return {"features.method": "given", "features.indices": indices, "features.neuronpedia": sources.pop()}
     features = _parse_list(text, int, "features")
     if features is None or text is None:
         return {}
@@ -161,26 +223,43 @@ def _feature_fields(text: str | None) -> dict[str, Any]:
     return {"features.method": "given", "features.indices": features}
 
 
-def _run_and_print(config: Any, folder: Path, as_json: bool) -> None:
+def _run_and_print(configs: list[Any], out: Path | None, as_json: bool) -> None:
+    from undertow.report.tables import comparison, run_tables
+
+    folders = [_folder(config, out, len(configs) > 1) for config in configs]
+    logs = [_run(config, folder) for config, folder in zip(configs, folders, strict=True)]
+    if as_json:
+        found = [{"run": str(folder), **log} for folder, log in zip(folders, logs, strict=True)]
+        typer.echo(json.dumps(found if len(found) > 1 else found[0]))
+        return
+    console = _console()
+    if len(logs) > 1:
+        console.print(comparison(logs))
+    else:
+        console.print(run_tables(logs[0], console.width))
+    for folder in folders:
+        typer.echo(f"run folder: {folder}")
+
+
+def _folder(config: Any, out: Path | None, several: bool) -> Path:
+    if several and out:
+        return out / f"{Path(config.model.name).name}-{config.digest()}"
+    return out or Path("runs") / f"{config.task}-{config.digest()}"
+
+
+def _run(config: Any, folder: Path) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from undertow.audit import run_audit
-    from undertow.report.tables import run_tables
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     hidden = not sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
         line = bar.add_task("starting", total=None)
-        log = run_audit(
+        return run_audit(
             config, folder, lambda what, done, total: bar.update(line, description=what, completed=done, total=total)
-        )
-    if as_json:
-        typer.echo(json.dumps({"run": str(folder), **log.run}))
-        return
-    console = _console()
-    console.print(run_tables(log.run, console.width))
-    typer.echo(f"run folder: {folder}")
+        ).run
 
 
 @app.command()
@@ -193,13 +272,8 @@ def show(folder: Annotated[Path, typer.Argument(help="a folder made by `undertow
     """
     with _user_errors():
         from undertow.report.tables import run_tables
-        from undertow.runlog import read_run
 
-        log, rows = read_run(folder)
-        if log.get("status") != "complete" or "verdict" not in log:
-            raise UndertowError(
-                f"the run in {folder} is not complete ({len(rows)} rows so far).", f"Continue it: {log.get('command')}"
-            )
+        log = _complete_run(folder)
         if as_json:
             typer.echo(json.dumps(log))
         else:
@@ -208,16 +282,55 @@ def show(folder: Annotated[Path, typer.Argument(help="a folder made by `undertow
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="two or more folders made by `undertow run`")], as_json: AsJson = False
+) -> None:
+    """Print several runs in one table: other models, SAEs, clamps or seeds side by side.
+
+    Example:
+
+        undertow compare runs/ioi-1a2b3c4d runs/ioi-5e6f7a8b
+    """
+    with _user_errors():
+        from undertow.report.tables import comparison
+
+        if len(folders) < 2:
+            raise UndertowError("one run cannot be compared.", "Give two run folders or more; `undertow show` prints one.")
+        logs = [_complete_run(folder) for folder in folders]
+        tasks = {log["task"] for log in logs}
+        if len(tasks) > 1:
+            raise UndertowError(f"the runs are of different tasks: {', '.join(sorted(tasks))}.", "Compare runs of one task.")
+        if as_json:
+            typer.echo(json.dumps([{"run": str(f), **log} for f, log in zip(folders, logs, strict=True)]))
+        else:
+            _console().print(comparison(logs))
+
+
+def _complete_run(folder: Path) -> dict[str, Any]:
+    from undertow.runlog import read_run
+
+    log, rows = read_run(folder)
+    if log.get("status") != "complete" or "verdict" not in log:
+        raise UndertowError(
+            f"the run in {folder} is not complete ({len(rows)} rows so far).", f"Continue it: {log.get('command')}"
+        )
+    return log
+
+
+@app.command()
 def check(
     model: Model = None,
     sae: SAEName = None,
+    revision: Revision = None,
     site: Site = None,
     text: Annotated[Optional[Path], typer.Option(help="own text file, UTF-8 [default: the public corpus]")] = None,
     tokens: Annotated[int, typer.Option(help="tokens of held-out text to measure on", min=500)] = 20_000,
     everything: Annotated[bool, typer.Option("--all", help="check every SAE packaged for the model")] = False,
     write_card: Annotated[bool, typer.Option("--write-card", help="store the figures in the SAE's card.json")] = False,
-    prepend_bos: PrependBos = False,
-    centre_input: CentreInput = False,
+    layers_path: LayersPath = None,
+    prepend_bos: PrependBos = None,
+    centre_input: CentreInput = None,
+    input_scale: InputScale = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -239,11 +352,15 @@ def check(
         from undertow.config import ModelConfig, SAEConfig, validated
         from undertow.preflight import check_pairs
 
-        given = {"name": model, "device": device, "dtype": dtype, "prepend_bos": prepend_bos or None}
+        given = {
+            "model.name": model, "model.revision": revision, "model.device": device, "model.dtype": dtype,
+            "model.prepend_bos": prepend_bos, "model.layers_path": layers_path,
+            "sae.name": sae, "sae.site": site, "sae.centre_input": centre_input, "sae.input_scale": input_scale,
+        }  # fmt: skip
+        sections = _nested(given)
         reports = check_pairs(
-            validated(ModelConfig, {field: value for field, value in given.items() if value is not None}),
-            SAEConfig(name=sae, site=site, centre_input=centre_input), text=text, tokens=tokens, everything=everything,
-            write_card=write_card, threads=threads,
+            validated(ModelConfig, sections.get("model", {})), validated(SAEConfig, sections.get("sae", {})),
+            text=text, tokens=tokens, everything=everything, write_card=write_card, threads=threads,
             announce=lambda report: None if as_json else _console().print(report.table()),
         )  # fmt: skip
         if as_json:
@@ -254,34 +371,50 @@ def check(
 
 
 @app.command(name="list")
-def list_parts(as_json: AsJson = False) -> None:
-    """What is packaged and known: models, SAEs, tasks, presets, arms.
+def list_parts(
+    kind: Annotated[
+        Optional[str], typer.Argument(help="models, families, saes, formats, tasks, presets or arms [default: all]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is packaged and known: models, architectures, SAEs, formats, tasks, presets, arms.
 
-    Example:
+    Examples:
 
         undertow list
-    """
-    _quiet()
-    from undertow.attacks.base import ARMS
-    from undertow.config import presets
-    from undertow.models.packaged import PACKAGED_MODELS
-    from undertow.saes.load import packaged_saes
-    from undertow.tasks.base import TASKS
 
-    known = {
-        "models": [f"{m.name}: {m.description}, {m.licence}, {m.wheel.megabytes} MB" for m in PACKAGED_MODELS.values()],
-        "saes": list(packaged_saes()),
-        "tasks": TASKS.names(),
-        "presets": [f"{task}: {name}" for task in TASKS.names() for name in presets(task)],
-        "arms": ARMS.names(),
-    }
-    if as_json:
-        typer.echo(json.dumps(known))
-        return
-    for kind, entries in known.items():
-        typer.echo(kind)
-        for entry in entries:
-            typer.echo(f"  {entry}")
+        undertow list models
+    """
+    with _user_errors():
+        _quiet()
+        from undertow.attacks.base import ARMS
+        from undertow.config import presets
+        from undertow.models.language_model import TESTED_FAMILIES
+        from undertow.models.packaged import PACKAGED_MODELS
+        from undertow.saes.formats.base import FORMATS
+        from undertow.saes.load import packaged_saes
+        from undertow.tasks.base import TASKS
+
+        formats = [FORMATS.get(name) for name in FORMATS.names()]
+        known = {
+            "models": [model.summary() for model in PACKAGED_MODELS.values()],
+            "families": [f"{model_type}: {name}" for model_type, name in TESTED_FAMILIES.items()],
+            "saes": list(packaged_saes()),
+            "formats": [f"{known.name}: {known.weights}" for known in formats],
+            "tasks": TASKS.names(),
+            "presets": [f"{task}: {name}" for task in TASKS.names() for name in presets(task)],
+            "arms": ARMS.names(),
+        }
+        if kind is not None and kind not in known:
+            raise UndertowError(f"there is no list of {kind!r}.", f"Choose from: {', '.join(known)}.")
+        shown = known if kind is None else {kind: known[kind]}
+        if as_json:
+            typer.echo(json.dumps(shown))
+            return
+        for heading, entries in shown.items():
+            typer.echo(heading)
+            for entry in entries:
+                typer.echo(f"  {entry}")
 
 
 @app.command()

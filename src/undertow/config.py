@@ -27,11 +27,14 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The language model."""
 
-    name: str = Field(default="smollm2", description="packaged name, Hugging Face hub id, or local folder")
+    name: str = Field(default="smollm2", description="packaged name, local folder, GGUF file, or Hugging Face hub id")
     revision: str | None = Field(default=None, description="hub revision")
-    device: str = Field(default="cpu", description="torch device")
+    device: str = Field(default="cpu", description="torch device, or auto to spread the layers over all devices")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="type of the weights")
-    prepend_bos: bool = Field(default=False, description="put a BOS before every prompt where the tokenizer adds none")
+    prepend_bos: bool | None = Field(
+        default=None, description="put a BOS before every text where the tokenizer adds none; default: as the SAE says"
+    )
+    layers_path: str | None = Field(default=None, description="dotted name of the decoder blocks, for unusual architectures")
 
 
 class SAEConfig(Section):
@@ -40,8 +43,21 @@ class SAEConfig(Section):
     name: str | None = Field(
         default=None, description="packaged name, local folder, or hub id/folder; default: the packaged one"
     )
+    revision: str | None = Field(default=None, description="hub revision")
     site: str | None = Field(default=None, description="residual-stream address; default: the one in the SAE's own config")
-    centre_input: bool = Field(default=False, description="the SAE reads mean-centred residuals (TransformerLens weights)")
+    centre_input: bool | None = Field(
+        default=None, description="it reads mean-centred residuals (TransformerLens weights); default: as its config says"
+    )
+    input_scale: float | None = Field(
+        default=None, gt=0, description="factor on the stream before encoding, for SAEs whose config leaves it open"
+    )
+    accept_pairing: bool = Field(
+        default=False, description="go on although the SAE explains more variance when used in another way"
+    )
+
+    def options(self) -> dict[str, Any]:
+        """What `saes.load.read_sae` takes beside the name."""
+        return {key: getattr(self, key) for key in ("revision", "site", "centre_input", "input_scale")}
 
 
 class FeatureConfig(Section):
@@ -51,6 +67,7 @@ class FeatureConfig(Section):
     count: PositiveInt = Field(default=20, description="how many features attribution picks")
     positions: Literal["all", "last"] = Field(default="all", description="positions over which attribution is summed")
     indices: tuple[int, ...] = Field(default=(), description="the features, for method 'given'")
+    neuronpedia: str | None = Field(default=None, description="model/source that the indices were given for")
 
     @model_validator(mode="after")
     def _indices_belong_to_given(self) -> FeatureConfig:

@@ -41,7 +41,8 @@ class Measurement:
 
     def at(self, slots: tuple[Slot, ...], prompt_width: int) -> Float[Tensor, "batch slot d"]:
         """The stream at some slots, in float32: perturbations are kept in it whatever the model's type."""
-        return torch.stack([self.streams[slot.site][:, prompt_width + slot.offset] for slot in slots], 1).float()
+        home = self.values.device
+        return torch.stack([self.streams[slot.site][:, prompt_width + slot.offset].to(home) for slot in slots], 1).float()
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def measure(
     streams = {site: recorder.states for site, recorder in recorders.items()}
     first = max(0, batch.width + min(slot.offset for slot in slots))
     readings = [
-        Reading(features, features.read(streams[site][:, first:]), batch.mask[:, first:])
+        Reading(features, features.read(streams[site][:, first:]), batch.mask[:, first:].to(streams[site].device))
         for site, features in sorted(defence.defended.items(), key=lambda item: item[0])
     ]
     assert count.by_sample is not None

@@ -44,7 +44,7 @@ def feature_metrics(defended: list[Reading], recovered: list[Reading]) -> dict[s
         relative_drift: the same over `||z_def||_2`.
         preactivation_drift, relative_preactivation_drift: the same on pre-activations, which move even where an inactive
             ReLU or JumpReLU hides it (P4).
-        decode_drift: `||(z_rec - z_def) W_dec[S]||_F`.
+        decode_drift: `||(z_rec - z_def) W_dec[S]||_F`, in the stream's units.
         floor_violation: `||[z_def - z_rec]_+||_2 / ||z_def||_2`.
         defended_norm: `||z_def||_2`; where it is 0, drift measures reactivation only.
         eligible: number of (position, feature) pairs that are inactive in the defended pass.
@@ -60,15 +60,16 @@ def feature_metrics(defended: list[Reading], recovered: list[Reading]) -> dict[s
         a_def, a_rec = before.latents.pre.double() * real, after.latents.pre.double() * real
         eligible = (z_def <= 0) & real
         below = after.latents.threshold.double() - after.latents.pre.double()
-        closest = torch.where(eligible, below, torch.inf).flatten(1).amin(-1)
+        closest = torch.where(eligible, below, torch.inf).flatten(1).amin(-1).cpu()
         margin = closest if margin is None else torch.minimum(margin, closest)
+        written = (z_rec - z_def) @ before.features.W_dec.double() * before.latents.factor.double()
         parts = {
-            "drift": z_rec - z_def, "pre": a_rec - a_def, "decode": (z_rec - z_def) @ before.features.W_dec.double(),
+            "drift": z_rec - z_def, "pre": a_rec - a_def, "decode": written,
             "floor": (z_def - z_rec).clamp(min=0), "z_def": z_def, "a_def": a_def,
             "eligible": eligible.double(), "reactivated": (eligible & (z_rec > 0)).double(),
         }  # fmt: skip
         for name, part in parts.items():
-            totals[name] = totals.get(name, 0) + part.square().flatten(1).sum(-1)
+            totals[name] = totals.get(name, 0) + part.square().flatten(1).sum(-1).cpu()
     root = {name: total.sqrt() for name, total in totals.items()}
     assert margin is not None
     return {
@@ -107,7 +108,7 @@ def perturbation_metrics(
     for index, slot in enumerate(slots):
         if slot.site in defended:
             basis = orthonormal_basis(defended[slot.site].W_dec.T)
-            along = along + (delta[:, index].double() @ basis).square().sum(-1)
+            along = along + (delta[:, index].double() @ basis.to(delta.device)).square().sum(-1)
     return {
         "delta_norm": norm,
         "relative_norm": norm / (joint_norm(stream.double()) + EPS),

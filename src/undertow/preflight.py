@@ -1,11 +1,12 @@
 """Preflight: do this model and this SAE belong together, and is the machinery exact on them?
 
 1. quality on held-out text (`saes.quality`), against the SAE's card where there is one;
-2. clamp readback: a `set` clamp through the hook against the slow form `D(clamp(z)) + (h - D(z))`, and how much of the
+2. pairing: no other use of the same weights (a site next to it, another scale, centring) explains more (`saes.pairing`);
+3. clamp readback: a `set` clamp through the hook against the slow form `D(clamp(z)) + (h - D(z))`, and how much of the
    requested change an encoder reads back from the clamped stream;
-3. gradient of the clamped stream against central differences, in the direction in which a detached error term would show
+4. gradient of the clamped stream against central differences, in the direction in which a detached error term would show
    (P13);
-4. the suffix pass against the full pass, outputs and gradients.
+5. the suffix pass against the full pass, outputs and gradients.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from undertow.models.perturbation import Slot, perturbation_edits
 from undertow.models.residual import Recorder, run
 from undertow.models.suffix import SuffixPass
 from undertow.saes.load import fitted, packaged_saes, read_sae
-from undertow.saes.quality import Quality, measure_quality
+from undertow.saes.pairing import MARGIN, alternatives, estimate_input_scale
+from undertow.saes.quality import Quality, measure_quality, text_batches
 from undertow.saes.sae import SAE
-from undertow.setting import MIN_VARIANCE
+from undertow.setting import MIN_VARIANCE, model_options
 from undertow.texts import CORPUS, corpus_texts, texts_from_file
 
 # A pair is refused when it explains this much less variance than its card says, or, without a card, less than MIN_VARIANCE.
 CARD_SLACK = 0.10
+# Tokens on which other uses of the SAE are compared.
+PAIRING_TOKENS = 4000
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,13 @@ def check_pairs(
     if threads:
         torch.set_num_threads(threads)
     own = model_config.name
-    check_model_name(own)
+    check_model_name(own, model_config.revision)
     names = [name for name in packaged_saes() if name.split("/")[0] == own] if everything else [sae_config.name]
     if not names:
         raise UndertowError(f"no SAE is packaged for model {own!r}.", "Name one with --sae instead of --all.")
-    centre = sae_config.centre_input
-    saes = [read_sae(name, own, site=sae_config.site, centre_input=centre) for name in names]
+    saes = [read_sae(name, own, **sae_config.options()) for name in names]
     texts = texts_from_file(text) if text else corpus_texts("held_out")
-    model = load_model(**model_config.model_dump())
+    model = load_model(**model_options(model_config, saes[0]))
     reports = []
     for sae in saes:
         report = check_pair(model, fitted(sae, model), texts, tokens)
@@ -134,12 +137,19 @@ def check_pairs(
 
 
 def check_pair(model: LanguageModel, sae: SAE, texts: list[str], tokens: int) -> Report:
-    """All checks of a pair."""
+    """All checks of a pair. An SAE whose input scale is not known is measured at an estimate, which is the first check."""
+    checks = []
+    if sae.scale_unknown:
+        scale = estimate_input_scale(model, sae, list(text_batches(model, texts, PAIRING_TOKENS)))
+        checks.append(Check("input scale (estimated; give it with --input-scale)", scale))
+        sae = sae.rescaled(scale)
     quality = measure_quality(model, sae, texts, tokens)
+    checks += _quality_checks(quality, sae)
+    checks += _pairing_checks(model, sae, list(text_batches(model, texts, PAIRING_TOKENS)))
     # Two prompts of different length, so that padding is exercised too.
     pieces = [ids[:length] for ids, length in zip(model.encode(texts[:2]), (24, 17), strict=False)]
     batch = Batch.of(pieces, model.special_ids, model.device)
-    checks = [*_quality_checks(quality, sae), *_clamp_checks(model, sae, batch), *_suffix_checks(model, sae, batch)]
+    checks += [*_clamp_checks(model, sae, batch), *_suffix_checks(model, sae, batch)]
     return Report(model.name, sae.name, str(sae.site), quality, checks)
 
 
@@ -158,6 +168,12 @@ def _quality_checks(quality: Quality, sae: SAE) -> list[Check]:
         Check("L0", quality.l0),
         Check(f"latents never active, of {sae.d_sae}", quality.dead_features),
     ]
+
+
+def _pairing_checks(model: LanguageModel, sae: SAE, batches: list[Batch]) -> list[Check]:
+    stated, others = alternatives(model, sae, batches)
+    most = stated + MARGIN
+    return [Check(f"the same {use}", value, f"<= {most:.3f}", value <= most) for use, value in others.items()]
 
 
 def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
@@ -179,7 +195,7 @@ def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
     latents = sae.encode(entering)
     wanted = latents.clone()
     wanted[:, strongest] = value
-    slow = sae.decode(wanted) + (entering - sae.decode(latents))
+    slow = sae.decode(wanted, entering) + (entering - sae.decode(latents, entering))
     readback = _relative(clamped, slow)
     asked = value - latents[:, strongest]
     seen = features.read(clamped).pre - features.read(entering).pre

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from undertow.attacks.base import ARMS
-from undertow.cache import sha256_of
-from undertow.config import RunConfig
+from undertow.config import ModelConfig, RunConfig
 from undertow.defences.clamp import Clamp, Clamps
 from undertow.errors import UndertowError
 from undertow.features.attribution import Selection, select_by_attribution
 from undertow.models.language_model import LanguageModel
 from undertow.models.load import check_model_name, load_model, model_fingerprint
 from undertow.models.perturbation import Slot
-from undertow.saes.load import check_sae_name, default_sae, fitted, locate_sae, read_sae
-from undertow.saes.quality import variance_explained_on
+from undertow.saes.load import check_sae_name, fitted, read_sae, sae_fingerprint
+from undertow.saes.pairing import alternatives, better_uses
 from undertow.saes.sae import SAE
-from undertow.saes.saelens import WEIGHTS
 from undertow.tasks.base import TASKS, TaskData
 
 # An SAE that explains less of the variance on the task's own prompts does not belong to the model and site.
@@ -49,7 +48,7 @@ def check_names(config: RunConfig) -> None:
     """
     for arm in config.attack.arms:
         ARMS.get(arm)
-    check_model_name(config.model.name)
+    check_model_name(config.model.name, config.model.revision)
     check_sae_name(config.sae.name, config.model.name)
 
 
@@ -59,10 +58,9 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     Raises:
         UndertowError: one of them is not there.
     """
-    weights = locate_sae(config.sae.name or default_sae(config.model.name)) / WEIGHTS
     return {
         "model": model_fingerprint(config.model.name, config.model.revision),
-        "sae": sha256_of(weights) if weights.exists() else "missing",
+        "sae": sae_fingerprint(config.sae.name, config.model.name, config.sae.revision),
     }
 
 
@@ -76,24 +74,59 @@ def prepare(config: RunConfig) -> Setting:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     # What can be wrong with the SAE is found before the model, which takes longer, is loaded.
-    sae = read_sae(config.sae.name, config.model.name, site=config.sae.site, centre_input=config.sae.centre_input)
-    if config.features.method == "given":
-        sae.features(config.features.indices)
-    model = load_model(**config.model.model_dump())
+    sae = read_sae(config.sae.name, config.model.name, **config.sae.options())
+    _check_features(config, sae)
+    if sae.scale_unknown:
+        raise UndertowError(
+            f"SAE {sae.name} was trained on a stream scaled by a constant that its files do not give "
+            "(expected_average_only_in).",
+            "Give it with --input-scale; `undertow check` estimates it.",
+        )
+    model = load_model(**model_options(config.model, sae))
     sae = fitted(sae, model)
     data = TASKS.get(config.task).build(model, config.data, config.seed)
     return _belonging_together(assemble(config, model, sae, data))
 
 
+def model_options(config: ModelConfig, sae: SAE) -> dict[str, Any]:
+    """What `load_model` takes, with a BOS in front of texts where the SAE was trained so and the user says nothing."""
+    options = config.model_dump()
+    if options["prepend_bos"] is None:
+        options["prepend_bos"] = bool(sae.prepend_bos)
+    return options
+
+
+def _check_features(config: RunConfig, sae: SAE) -> None:
+    if config.features.method == "given":
+        sae.features(config.features.indices)
+    source = config.features.neuronpedia
+    if not source:
+        return
+    layer = int(source.partition("/")[2].partition("-")[0])
+    # The boundary after a block is the one before the next, and sources are numbered by either.
+    if layer not in (sae.site.boundary, sae.site.boundary - 1) or sae.neuronpedia not in (None, source):
+        raise UndertowError(
+            f"the features are of {source} on Neuronpedia, the SAE is {sae.neuronpedia or sae.name} at {sae.site}.",
+            "Give the SAE that the features belong to with --sae.",
+        )
+
+
 def _belonging_together(setting: Setting) -> Setting:
-    """The setting with the SAE's explained variance on the selection prompts; refused where it is hopeless."""
-    batch, _ = next(setting.data.selection.pieces(setting.config.audit.batch_size))
-    explained = variance_explained_on(setting.model, setting.sae, batch)
+    """The setting with the SAE's explained variance on the selection prompts; refused where they do not belong together."""
+    batches = [batch for batch, _ in setting.data.selection.pieces(setting.config.audit.batch_size)]
+    explained, others = alternatives(setting.model, setting.sae, batches)
+    where = f"of the variance of {setting.model.name} at {setting.sae.site} on the task's prompts"
     if explained < MIN_VARIANCE:
         raise UndertowError(
-            f"SAE {setting.sae.name} explains {explained:.2f} of the variance of {setting.model.name} at "
-            f"{setting.sae.site} on the task's prompts, less than {MIN_VARIANCE}.",
+            f"SAE {setting.sae.name} explains {explained:.2f} {where}, less than {MIN_VARIANCE}.",
             "It was trained on another model, site or scaling; `undertow check` measures more.",
+        )
+    better = better_uses(explained, others)
+    if better and not setting.config.sae.accept_pairing:
+        use, value = max(better.items(), key=lambda item: item[1])
+        raise UndertowError(
+            f"SAE {setting.sae.name} explains {explained:.2f} {where}, but {value:.2f} {use}.",
+            "Mend its site or scaling (`undertow check` measures more), or go on with --accept-pairing.",
         )
     return replace(setting, explained_variance=explained)
 

@@ -80,7 +80,7 @@ class BehaviourObjective(Objective):
         edits = perturbation_edits(self.problem.slots, delta)
         first = self.problem.order == "delta-then-clamp"
         hidden = self._part(before=edits if first else (), after=() if first else edits)
-        return self.problem.behaviour.value(self.problem.model, hidden, rows)
+        return self.problem.behaviour.value(self.problem.model, hidden, rows).to(rows.device)
 
 
 class Attack(ABC):

@@ -82,6 +82,7 @@ def _off(x: Float[Tensor, "batch d"], basis: Float[Tensor, "d rank"] | None) -> 
     """`x - Q Q^T x`, with a remainder that is nothing but rounding set to 0."""
     if basis is None:
         return x
+    basis = basis.to(x.device)
     kept = x - (x @ basis) @ basis.T
     return torch.where(kept.norm(dim=-1, keepdim=True) > 1e-12 * x.norm(dim=-1, keepdim=True), kept, 0.0)
 
@@ -112,7 +113,7 @@ class Leak:
         moved = torch.zeros(delta.shape[0], dtype=torch.float64, device=delta.device)
         for vectors, columns in zip(delta.double().unbind(1), self._columns, strict=True):
             if columns is not None:
-                moved = moved + (vectors @ columns).square().sum(-1)
+                moved = moved + (vectors @ columns.to(delta.device)).square().sum(-1)
         size = delta.double().flatten(1).norm(dim=-1) * self._largest
         return torch.where(size > 0, moved.sqrt() / size.clamp(min=1e-300), torch.zeros_like(size)).to(delta.dtype)
 

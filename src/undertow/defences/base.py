@@ -26,7 +26,8 @@ class FiringCount:
         """Count the positions at which the defence was applied in this pass."""
         for offset, count in zip(where.offsets.tolist(), acted.sum(0).tolist(), strict=True):
             self.by_offset[offset] = self.by_offset.get(offset, 0) + count
-        self.by_sample = acted.sum(1) if self.by_sample is None else self.by_sample + acted.sum(1)
+        fired = acted.sum(1)
+        self.by_sample = fired if self.by_sample is None else self.by_sample + fired.to(self.by_sample.device)
 
 
 class Defence(ABC):

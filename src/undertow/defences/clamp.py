@@ -4,8 +4,8 @@ At every position in scope:
 
 1. read the defended latents `z_S` of the stream `h` (|S| encoder columns);
 2. map them by the rule: `z'_S = rule(z_S)`;
-3. write `h + (z'_S - z_S) @ W_dec[S]`. The SAE's error term `r = h - D(E(h))` is thereby kept exactly;
-   with `keep_error=False` the reconstruction takes the place of `h`: `D(E(h)) + (z'_S - z_S) @ W_dec[S]`.
+3. write `h + (z'_S - z_S) @ W_dec[S]`, times the position's factor where the SAE normalises its input. The SAE's error term
+   `r = h - D(E(h))` is thereby kept exactly; with `keep_error=False` the reconstruction takes the place of `h`.
 
 Nothing is detached: a perturbation placed before the clamp has its gradient through the latents and through the error (P13).
 Positions whose norm is beyond the SAE's `norm_limit` (massive activations) are left alone: the SAE was not trained on
@@ -106,11 +106,11 @@ class Clamp:
         scope = self.scope(stream, where)
         if count is not None:
             count.add(scope, where)
-        latents = self.features.read(stream).post
-        change = (self.clamped(latents) - latents) @ self.features.W_dec
+        read = self.features.read(stream)
+        change = ((self.clamped(read.post) - read.post) @ self.features.W_dec) * read.factor
         if not self.keep_error:
             sae = self.features.sae
-            change = change + sae.decode(sae.encode(stream)) - stream.float()
+            change = change + sae.decode(sae.encode(stream), stream) - sae.target(stream)
         return stream + (change * scope[..., None]).to(stream.dtype)
 
     def edit(self, count: FiringCount | None = None) -> Edit:

@@ -6,7 +6,7 @@ For a behaviour score `B`, the stream `h` at the SAE's site and its latents `z`:
 2. the attribution of latent `f` is `sum over positions of z_f * (W_dec[f] . g)`: the first-order share of `B` that it carries;
 3. scores are averaged over prompts; the features with the largest positive means are taken.
 
-Positions that are massive activations are left out, as in the clamp. The prompts are selection prompts: no prompt that is
+Special tokens and massive activations are left out, as in the clamp. The prompts are selection prompts: no prompt that is
 attacked later takes part (P15).
 """
 
@@ -49,11 +49,13 @@ def attribution_scores(
     leaf = torch.zeros_like(suffix.entering).requires_grad_()
     with torch.enable_grad():
         hidden = suffix(before=[Edit(sae.site, lambda stream, where: stream + leaf)])
-        value = behaviour.value(model, hidden, torch.arange(batch.size, device=hidden.device))
+        value = behaviour.value(model, hidden, torch.arange(batch.size, device=batch.ids.device))
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    counted = batch.mask[:, suffix.first :] & sae.ordinary(suffix.entering)
+    plain = (batch.mask & ~batch.special)[:, suffix.first :]
+    counted = plain.to(suffix.entering.device) & sae.ordinary(suffix.entering)
     latents = sae.encode(suffix.entering) * counted[..., None]
-    return (latents * (gradient.float() @ sae.W_dec.T)).sum((0, 1)) / batch.size
+    worth = (gradient.float() @ sae.W_dec.T) * sae.factor(suffix.entering)
+    return (latents * worth).sum((0, 1)) / batch.size
 
 
 def select_by_attribution(

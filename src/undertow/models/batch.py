@@ -15,6 +15,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 
+def token_windows(ids: Sequence[int], size: int, bos: int | None = None) -> list[list[int]]:
+    """A token sequence cut into windows of up to `size`; a BOS at its start is put at the start of every window."""
+    if bos is None or ids[:1] != [bos]:
+        return [list(ids[start : start + size]) for start in range(0, len(ids), size)]
+    return [[bos, *ids[start : start + size - 1]] for start in range(1, len(ids), size - 1)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Left-padded token ids.
@@ -96,6 +103,10 @@ class Where:
     def slice(cls, batch: Batch, first: int, last: int, prompt_width: int) -> Where:
         """The columns `first` to `last` (exclusive) of a batch whose prompt fills `prompt_width` columns."""
         return cls(first - prompt_width, batch.mask[:, first:last], batch.special[:, first:last])
+
+    def to(self, device: torch.device) -> Where:
+        """The same columns, for a stream on another device."""
+        return self if self.mask.device == device else Where(self.start, self.mask.to(device), self.special.to(device))
 
     @property
     def offsets(self) -> Int[Tensor, " slice"]:

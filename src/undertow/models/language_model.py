@@ -1,14 +1,16 @@
 """A decoder from transformers, frozen, with the few views of it that undertow needs.
 
 Any causal language model works whose decoder keeps its blocks in one `ModuleList`; the list is found by trying the
-names in `LAYER_PATHS`. Nothing is copied or converted: the model's own code runs, so masks, rotary embeddings, norms and
-soft-capping stay those of the architecture.
+names in `LAYER_PATHS`, or under the name that the user gives. Nothing is copied or converted: the model's own code runs, so
+masks, rotary embeddings, norms and soft-capping stay those of the architecture.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from undertow.errors import UndertowError
 from undertow.models.batch import Batch
+from undertow.sites import Site
 
 # Where architectures keep their blocks, relative to the causal language model.
 LAYER_PATHS = (
@@ -26,6 +29,23 @@ LAYER_PATHS = (
     "model.decoder.layers",
     "model.language_model.layers",
 )
+# Architectures on which the suffix pass, padding, generation with a cache and site names are proven exact by the tests; others
+# that keep the layout work too, and `undertow check` measures whether they do.
+TESTED_FAMILIES = {
+    "gpt2": "GPT-2",
+    "gpt_neox": "GPT-NeoX (Pythia)",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral (mixture of experts)",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3 MoE (mixture of experts)",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3",
+    "phi3": "Phi-3",
+    "opt": "OPT",
+    "olmo2": "OLMo 2",
+}
 
 
 @dataclass(frozen=True)
@@ -49,35 +69,51 @@ class LanguageModel:
     source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def wrap(cls, network: Any, tokenizer: Any = None, name: str = "model", **facts: Any) -> LanguageModel:
+    def wrap(
+        cls, network: Any, tokenizer: Any = None, name: str = "model", *, layers_path: str | None = None, **facts: Any
+    ) -> LanguageModel:
         """Freeze a transformers model and find its blocks.
 
+        Args:
+            network: the model.
+            tokenizer: its tokenizer.
+            name: what to call it.
+            layers_path: dotted name of the `ModuleList` of blocks, for architectures that keep it at an unusual place.
+            facts: further attributes.
+
         Raises:
-            UndertowError: the blocks are not at any known path.
+            UndertowError: the blocks are at no known path, or not at the given one.
         """
         network.eval().requires_grad_(False)
-        for path in LAYER_PATHS:
-            try:
-                found = network.get_submodule(path)
-            except AttributeError:
-                continue
-            if isinstance(found, nn.ModuleList):
-                return cls(name, network, tokenizer, path, **facts)
-        lists = [path for path, module in network.named_modules() if isinstance(module, nn.ModuleList)]
-        raise UndertowError(
-            f"{type(network).__name__} keeps its decoder blocks at none of {', '.join(LAYER_PATHS)}.",
-            f"Its module lists are: {', '.join(lists) or 'none'}.",
-        )
+        lists = {path for path, module in network.named_modules() if isinstance(module, nn.ModuleList)}
+        found = [path for path in ((layers_path,) if layers_path else LAYER_PATHS) if path in lists]
+        if not found:
+            where = f"at {layers_path!r}" if layers_path else f"at any of {', '.join(LAYER_PATHS)}"
+            raise UndertowError(
+                f"{type(network).__name__} does not keep its decoder blocks {where}.",
+                f"Give the dotted name with --layers-path; its module lists are: {', '.join(sorted(lists)) or 'none'}.",
+            )
+        return cls(name, network, tokenizer, found[0], **facts)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder blocks."""
         return self.network.get_submodule(self.layers_path)
 
-    @property
+    @cached_property
     def decoder(self) -> nn.Module:
-        """The module that maps token ids to the final, normalised hidden state."""
-        return self.network.get_submodule(self.layers_path.rpartition(".")[0])
+        """The module that maps token ids to the final, normalised hidden state: the nearest one around the blocks that takes
+        `input_ids`."""
+        path = self.layers_path
+        while path:
+            path = path.rpartition(".")[0]
+            module = self.network.get_submodule(path)
+            if path and "input_ids" in inspect.signature(module.forward).parameters:
+                return module
+        raise UndertowError(
+            f"no module around {self.layers_path} in {type(self.network).__name__} takes input_ids.",
+            "undertow needs a decoder module below the language-model head, as transformers' models have.",
+        )
 
     @property
     def n_layers(self) -> int:
@@ -94,10 +130,20 @@ class LanguageModel:
         """Width of the residual stream."""
         return self.config.hidden_size
 
+    def device_at(self, site: Site) -> torch.device:
+        """Device on which the stream arrives at a site; differs between sites when layers are spread over devices."""
+        if not site.boundary:
+            return self.device
+        block = self.layers[site.boundary - 1]
+        placed = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+        return next(block.parameters()).device if placed is None else torch.device(placed)
+
     @property
     def device(self) -> torch.device:
         """Device of the token embedding, where inputs go."""
-        return self.network.get_input_embeddings().weight.device
+        embedding = self.network.get_input_embeddings()
+        placed = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+        return embedding.weight.device if placed is None else torch.device(placed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,6 +155,11 @@ class LanguageModel:
         """Ids of special tokens; empty without a tokenizer."""
         return set(self.tokenizer.all_special_ids) if self.tokenizer is not None else set()
 
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that marks the beginning of a text, where the tokenizer has one."""
+        return getattr(self.tokenizer, "bos_token_id", None)
+
     def tokens(self, texts: Sequence[str]) -> Batch:
         """Tokenise texts into one batch; see `encode`."""
         return Batch.of(self.encode(texts), self.special_ids, self.device)
@@ -116,7 +167,7 @@ class LanguageModel:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, with the tokenizer's own special tokens, and a BOS in front if `prepend_bos` asks for it."""
         encoded = self.tokenizer(list(texts))["input_ids"]
-        bos = self.tokenizer.bos_token_id if self.prepend_bos else None
+        bos = self.bos_id if self.prepend_bos else None
         return encoded if bos is None else [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
 
     def single_token(self, text: str) -> int:
@@ -140,6 +191,11 @@ class LanguageModel:
         Equal to `network.lm_head(hidden)` at those ids, with the architecture's soft-capping and scaling.
         """
         head = self.network.get_output_embeddings()
+        if head.weight.is_meta:
+            # The head is off-loaded: its rows cannot be picked, and it brings its weights in by itself.
+            logits = self.all_logits(hidden)
+            return logits.gather(-1, ids.to(logits.device))
+        ids = ids.to(head.weight.device)
         rows = head.weight[ids]
         logits = torch.einsum("bkd,bd->bk", rows, hidden.to(rows.dtype).to(rows.device))
         if getattr(head, "bias", None) is not None:

@@ -74,7 +74,7 @@ def edited(model: LanguageModel, edits: Sequence[Edit], where: Where) -> Iterato
 def _hook(model: LanguageModel, site: Site, edits: Sequence[Edit], where: Where) -> Any:
     def through(stream: Tensor) -> Tensor:
         for edit in edits:
-            stream = edit.apply(stream, where)
+            stream = edit.apply(stream, where.to(stream.device))
         return stream
 
     def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -132,6 +132,6 @@ class SuffixPass:
             before: edits that run ahead of the defence's at their site.
             after: edits that run behind the defence's at their site.
         """
-        entry = Edit(self.site, lambda stream, where: self.entering.to(stream.dtype))
+        entry = Edit(self.site, lambda stream, where: self.entering.to(stream.device, stream.dtype))
         with _bypassed(self.model, self.site.boundary):
             return run(self.model, self.batch, [entry, *before, *self._edits, *after], **self._slice())

@@ -1,7 +1,8 @@
-"""The tables of a run, from its files alone."""
+"""The tables of a run, or of several side by side, from their files alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,12 +45,21 @@ def _setup(run: dict[str, Any]) -> Table:
     clamp, counts, means = run["clamp"][0], run["counts"], run["means"]
     value = "" if clamp["rule"] == "zero" else f" {clamp['value']}"
     table.add_row("model", run["model"]["name"])
-    table.add_row("SAE", f"{run['sae']['name']} at {run['sae']['site']}, {run['sae']['latents']} latents")
+    explained = run["sae"]["explained_variance_on_prompts"]
+    table.add_row(
+        "SAE",
+        f"{run['sae']['name']} at {run['sae']['site']}, {run['sae']['latents']} latents, "
+        f"explains {explained:.2f} of the variance on the selection prompts"
+        if explained is not None
+        else run["sae"]["name"],
+    )
     table.add_row(
         "clamp",
         f"{clamp['rule']}{value} on {len(clamp['features'])} features, positions {clamp['positions']}, "
         f"error {'kept' if clamp['keep_error'] else 'dropped'}",
     )
+    for url in clamp.get("neuronpedia", []):
+        table.add_row("feature", url)
     table.add_row(
         "valid flips",
         f"{counts['valid_flips']} of {counts['base_holds']} prompts on which the base model shows the behaviour "
@@ -65,14 +75,17 @@ def _arms(run: dict[str, Any], width: int) -> Table:
     table.add_column("arm", no_wrap=True)
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    # The random controls of the other arms say the same as the reference arm's; they are in run.json.
-    shown = {arm: entries for arm, entries in run["controls"].items() if not arm.startswith("control:random:")}
-    for arm, entries in {**run["arms"], **shown}.items():
+    for arm, entries in _shown_arms(run).items():
         ordered = sorted(entries.values(), key=lambda entry: entry["budget"])
         for index, entry in enumerate(ordered):
             cells = [cell(entry) for _, cell in columns]
             table.add_row("" if index else arm, *cells, end_section=index == len(ordered) - 1)
     return table
+
+
+def _shown_arms(run: dict[str, Any]) -> dict[str, Any]:
+    """Arms and controls; the random controls of arms other than the reference say the same as its own and stay in run.json."""
+    return {arm: entries for arm, entries in {**run["arms"], **run["controls"]}.items() if ":random:" not in arm}
 
 
 def _legend(run: dict[str, Any]) -> Text:
@@ -84,3 +97,63 @@ def _legend(run: dict[str, Any]) -> Text:
         "of the recovered model; above 0 the behaviour holds.",
         style="dim",
     )
+
+
+def comparison(runs: list[dict[str, Any]]) -> Group:
+    """Several complete runs side by side: what was audited, recovery by arm and budget, verdicts.
+
+    Args:
+        runs: contents of their `run.json`, all of one task.
+    """
+    headings = _headings(runs)
+    table = Table(title="Runs side by side", title_justify="left")
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for label, cell in FACTS:
+        table.add_row(label, *(cell(run) for run in runs), end_section=label == FACTS[-1][0])
+    shown = [_shown_arms(run) for run in runs]
+    for arm in dict.fromkeys(arm for arms in shown for arm in arms):
+        budgets = sorted({(entry["budget"], key) for arms in shown for key, entry in arms.get(arm, {}).items()})
+        for _, key in budgets:
+            cells = [_recovery(arms.get(arm, {}).get(key)) for arms in shown]
+            table.add_row(f"{arm} {key}", *cells, end_section=key == budgets[-1][1])
+    sentences = [Text(f"{heading}: {run['verdict']['sentence']}") for heading, run in zip(headings, runs, strict=True)]
+    notes = [
+        Text(f"{heading}, warning: {warning}", style="yellow")
+        for heading, run in zip(headings, runs, strict=True)
+        for warning in run["warnings"]
+    ]
+    return Group(table, *sentences, *notes)
+
+
+def _headings(runs: list[dict[str, Any]]) -> list[str]:
+    """The models' names where they differ; else SAE sites; else run digests are all that tells the runs apart."""
+    for heading in (lambda run: run["model"]["name"], lambda run: f"{run['model']['name']}, {run['sae']['name']}"):
+        found = [heading(run) for run in runs]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{run['model']['name']} ({number})" for number, run in enumerate(runs, 1)]
+
+
+def _recovery(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    return "{}/{} [{:.2f}, {:.2f}]".format(entry["recovered"], entry["n"], *entry["interval"])
+
+
+# Rows of the comparison that say what was audited.
+FACTS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("SAE site", lambda run: run["sae"]["site"]),
+    ("latents", lambda run: str(run["sae"]["latents"])),
+    ("explained variance", lambda run: f"{run['sae']['explained_variance_on_prompts'] or math.nan:.2f}"),
+    ("features clamped", lambda run: str(len(run["clamp"][0]["features"]))),
+    ("clamp", lambda run: f"{run['clamp'][0]['rule']} {run['clamp'][0]['value']:g}"),
+    ("base model right", lambda run: f"{run['counts']['base_holds']}/{run['counts']['candidates']}"),
+    ("mean score, base", lambda run: f"{run['means']['base']:.2f}"),
+    ("mean score, clamped", lambda run: f"{run['means']['defended']:.2f}"),
+    ("valid flips", lambda run: str(run["counts"]["valid_flips"])),
+    ("order", lambda run: run["config"]["attack"]["order"]),
+    ("budget unit", lambda run: run["config"]["attack"]["budget_unit"]),
+    ("verdict", lambda run: run["verdict"]["label"]),
+)

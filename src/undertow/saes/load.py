@@ -1,16 +1,48 @@
-"""Finding an SAE by what the user typed: a packaged name, a local folder, or a hub id with the folder inside it."""
+"""Finding an SAE by what the user typed, and reading it whatever library wrote it.
+
+A name means, in this order: an SAE packaged with undertow; a folder, or a weights file in one; a release of SAELens's registry
+(`gpt2-small-res-jb/blocks.8.hook_resid_pre`, when sae-lens is installed: only its list of releases is read, none of its code
+runs); a folder on the hub (`org/repository/folder`). The format is recognised by the name of the weights file.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from undertow.cache import sha256_of
 from undertow.errors import UndertowError
 from undertow.models.language_model import LanguageModel
+from undertow.saes.files import refuse_pickle
+from undertow.saes.formats.base import FORMATS, recognise
+from undertow.saes.formats.saelens import CONFIG
 from undertow.saes.sae import SAE
-from undertow.saes.saelens import CONFIG, WEIGHTS, load_saelens
+from undertow.saes.stored import Overrides, canonical
 from undertow.sites import Site
+
+HUB_FOLDER = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)+")
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a name means.
+
+    Attributes:
+        folder: where its files are, or will be once fetched from the hub.
+        on_hub: repository on the hub and folder in it, if it has to be fetched from there.
+        known: what a registry of releases says about it.
+    """
+
+    folder: Path
+    on_hub: tuple[str, str] | None = None
+    known: Overrides = field(default_factory=Overrides)
 
 
 def packaged_saes() -> dict[str, Path]:
@@ -33,25 +65,29 @@ def default_sae(model_name: str) -> str:
     return names[len(names) // 2]
 
 
-def read_sae(name: str | None, model_name: str, *, site: str | None = None, centre_input: bool = False) -> SAE:
+def read_sae(name: str | None, model_name: str, *, revision: str | None = None, **overrides: Any) -> SAE:
     """An SAE from its files, on the CPU, before any model is loaded.
 
     Args:
-        name: packaged name such as `smollm2/blocks.15.hook_resid_post`, a folder in SAELens's format, or
-            `org/repository/folder` on the hub; `None` for the packaged default of the model.
+        name: packaged name such as `smollm2/blocks.15.hook_resid_post`, a folder or weights file in a known format,
+            `release/sae_id` of SAELens's registry, or `org/repository/folder` on the hub; `None` for the packaged default
+            of the model.
         model_name: the model that it is for.
-        site: address that overrides the one in its configuration.
-        centre_input: see `load_saelens`.
+        revision: revision on the hub.
+        overrides: fields of `saes.stored.Overrides`: `site`, `centre_input`, `input_scale`.
 
     Raises:
         UndertowError: it cannot be found or read.
     """
     name = name or default_sae(model_name)
-    return load_saelens(locate_sae(name), name, site=site, centre_input=centre_input)
+    located = _locate(name)
+    folder = _fetch(name, *located.on_hub, revision) if located.on_hub else located.folder
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return canonical(recognise(folder).read(folder), name, replace(located.known, **given))
 
 
 def fitted(sae: SAE, model: LanguageModel) -> SAE:
-    """The SAE on the model's device, if it is of the model's width and at a site that the model has.
+    """The SAE on the device of its site, if it is of the model's width and at a site that the model has.
 
     Raises:
         UndertowError: it is not.
@@ -62,16 +98,16 @@ def fitted(sae: SAE, model: LanguageModel) -> SAE:
             f"SAE {sae.name} reads a residual stream of width {sae.d_model}, model {model.name} has {model.d_model}.",
             "They do not belong together; choose an SAE that was trained on this model.",
         )
-    return sae.to(model.device)
+    return sae.to(model.device_at(sae.site))
 
 
-def load_sae(name: str | None, model: LanguageModel, *, site: str | None = None, centre_input: bool = False) -> SAE:
+def load_sae(name: str | None, model: LanguageModel, **overrides: Any) -> SAE:
     """`read_sae` for a model that is there, and `fitted` to it.
 
     Raises:
         UndertowError: it cannot be found or read, or does not fit the model.
     """
-    return fitted(read_sae(name, model.name, site=site, centre_input=centre_input), model)
+    return fitted(read_sae(name, model.name, **overrides), model)
 
 
 def check_sae_name(name: str | None, model_name: str) -> None:
@@ -80,39 +116,95 @@ def check_sae_name(name: str | None, model_name: str) -> None:
     Raises:
         UndertowError: as `load_sae` does.
     """
-    locate_sae(name or default_sae(model_name), dry=True)
+    _locate(name or default_sae(model_name))
 
 
-def locate_sae(name: str, dry: bool = False) -> Path:
-    """The folder that a name means, fetched from the hub where it means one there, unless `dry`.
+def sae_fingerprint(name: str | None, model_name: str, revision: str | None = None) -> str:
+    """What tells this SAE from another under the same name: the digest of its weights, or for one on the hub its address.
 
     Raises:
-        UndertowError: it means nothing that can be found.
+        UndertowError: it cannot be found.
     """
+    located = _locate(name or default_sae(model_name))
+    if located.on_hub:
+        return f"{'/'.join(located.on_hub)}@{revision or 'main'}"
+    return sha256_of(located.folder / recognise(located.folder).weights)
+
+
+def _locate(name: str) -> Located:
     if name in packaged_saes():
-        return packaged_saes()[name]
+        return Located(packaged_saes()[name])
     path = Path(name).expanduser()
     if path.is_dir():
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)+", name) and not path.exists() and not name.startswith("."):
-        return path if dry else _from_hub(name)
+        return Located(path)
+    if path.is_file():
+        refuse_pickle(path)
+        return Located(path.parent)
+    release, _, sae_id = name.partition("/")
+    if sae_id and release in _release_names():
+        return _of_release(release, sae_id)
+    if HUB_FOLDER.fullmatch(name) and not name.startswith("."):
+        organisation, repository, folder = name.split("/", 2)
+        return Located(path, (f"{organisation}/{repository}", folder))
+    hint = "" if _registry_file() else " Releases of SAELens's registry (release/sae_id) need sae-lens to be installed."
     raise UndertowError(
         f"SAE {name!r} is not a folder.",
-        f"Pass a folder in SAELens's format, org/repository/folder on the hub, or one of: "
-        f"{', '.join(packaged_saes()) or 'none packaged'}.",
+        f"Pass a folder or weights file, org/repository/folder on the hub, or one of: "
+        f"{', '.join(packaged_saes()) or 'none packaged'}.{hint}",
     )
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
+def _fetch(name: str, repository: str, folder: str, revision: str | None) -> Path:
+    """The SAE's files from the hub or, offline, from the hub's cache."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    organisation, repository, folder = name.split("/", 2)
+    formats = [FORMATS.get(known) for known in FORMATS.names()]
+    files = sorted({f"{folder}/{file}" for known in formats for file in (known.weights, *known.others)})
     try:
-        files = [hf_hub_download(f"{organisation}/{repository}", f"{folder}/{file}") for file in (CONFIG, WEIGHTS)]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files)) / folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UndertowError(
             f"SAE {name!r} cannot be fetched from the hub: {reason}", "Check the address, or pass a local folder."
         ) from error
-    return Path(files[0]).parent
+
+
+def _registry_file() -> Path | None:
+    """SAELens's list of releases, if that package is installed; finding it imports nothing of it."""
+    found = importlib.util.find_spec("sae_lens")
+    return Path(found.origin).parent / "pretrained_saes.yaml" if found and found.origin else None
+
+
+@cache
+def _release_names() -> frozenset[str]:
+    """Names of all releases: the keys at the left margin of the list, which is long and slow to parse as a whole."""
+    file = _registry_file()
+    lines = file.read_text(encoding="utf-8").splitlines() if file and file.exists() else []
+    return frozenset(line.partition(":")[0] for line in lines if line[:1] not in ("", " ", "#", "-"))
+
+
+def _of_release(release: str, sae_id: str) -> Located:
+    file = _registry_file()
+    assert file is not None
+    entry = _release_entry(file, release)
+    found = {str(sae["id"]): sae for sae in entry.get("saes", [])}
+    if sae_id not in found:
+        some = ", ".join(list(found)[:4])
+        raise UndertowError(f"release {release} has no SAE {sae_id!r}.", f"It has {len(found)}, among them {some}.")
+    sae = found[sae_id]
+    overrides = {**(entry.get("config_overrides") or {}), **(sae.get("config_overrides") or {})}
+    loading = overrides.get("model_from_pretrained_kwargs") or {}
+    known = Overrides(
+        centre_input=True if loading.get("center_writing_weights") else None,
+        release_scale=sae.get("norm_scaling_factor"), neuronpedia=sae.get("neuronpedia"),
+    )  # fmt: skip
+    return Located(Path(str(sae["path"])), (str(entry["repo_id"]), str(sae["path"])), known)
+
+
+def _release_entry(file: Path, release: str) -> dict[str, Any]:
+    """One release out of the list, without parsing the others."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"{release}:"))
+    last = next((n for n in range(first + 1, len(lines)) if lines[n][:1] not in ("", " ", "#", "-")), len(lines))
+    return yaml.safe_load("\n".join(lines[first:last]))[release]

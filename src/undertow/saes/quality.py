@@ -1,7 +1,7 @@
 """How well an SAE reconstructs the stream of a model on text.
 
-Let "ordinary" positions be the real tokens whose norm is within the SAE's `norm_limit` (massive activations are neither
-scored nor replaced; they hold most of the raw variance and would drown everything else). Over them:
+Let "ordinary" positions be the real tokens, special ones apart, whose norm is within the SAE's `norm_limit` (massive
+activations are neither scored nor replaced; they hold most of the raw variance and would drown everything else). Over them:
 
 - explained variance: `1 - sum |h - h_hat|^2 / sum |h - mean(h)|^2`;
 - L0: mean number of active latents;
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from undertow.errors import UndertowError
-from undertow.models.batch import Batch
+from undertow.models.batch import Batch, token_windows
 from undertow.models.language_model import LanguageModel
 from undertow.models.residual import Edit
 from undertow.models.suffix import SuffixPass
@@ -78,24 +78,13 @@ class ExplainedVariance:
         return 1 - self._error / (self._squares - float(torch.as_tensor(self._sum).square().sum()) / self.rows)
 
 
-def scored_positions(
-    sae: SAE, stream: Float[Tensor, "batch pos d"], mask: Bool[Tensor, "batch pos"]
-) -> Bool[Tensor, "batch pos"]:
+def scored_positions(sae: SAE, stream: Float[Tensor, "batch pos d"], batch: Batch) -> Bool[Tensor, "batch pos"]:
     """Ordinary positions; for an SAE without `norm_limit`, those within `MASSIVE` times the batch's median norm."""
+    plain = (batch.mask & ~batch.special).to(stream.device)
     if sae.norm_limit is not None:
-        return mask & sae.ordinary(stream)
+        return plain & sae.ordinary(stream)
     norms = stream.float().norm(dim=-1)
-    return mask & (norms <= MASSIVE * norms[mask].median())
-
-
-@torch.no_grad()
-def variance_explained_on(model: LanguageModel, sae: SAE, batch: Batch) -> float:
-    """Explained variance at the ordinary positions of a batch of prompts."""
-    stream = SuffixPass(model, batch, sae.site, first_offset=None).entering
-    ordinary = scored_positions(sae, stream, batch.mask)
-    explained = ExplainedVariance()
-    explained.add(sae.target(stream)[ordinary], sae.decode(sae.encode(stream))[ordinary])
-    return explained.value
+    return plain & (norms <= MASSIVE * norms[plain].median())
 
 
 def text_batches(model: LanguageModel, texts: list[str], tokens: int) -> Iterator[Batch]:
@@ -106,8 +95,7 @@ def text_batches(model: LanguageModel, texts: list[str], tokens: int) -> Iterato
         if total >= tokens:
             break
         (ids,) = model.encode([text])
-        new = [ids[start : start + window] for start in range(0, len(ids), window)]
-        kept = [piece for piece in new if len(piece) >= MIN_WINDOW]
+        kept = [piece for piece in token_windows(ids, window, model.bos_id) if len(piece) >= MIN_WINDOW]
         windows += kept
         total += sum(map(len, kept))
     windows.sort(key=len)
@@ -127,10 +115,10 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
     for batch in text_batches(model, texts, tokens):
         suffix = SuffixPass(model, batch, sae.site, first_offset=None)
         stream = suffix.entering
-        ordinary = scored_positions(sae, stream, batch.mask)
+        ordinary = scored_positions(sae, stream, batch)
         latents = sae.encode(stream)
         target = sae.target(stream)
-        reconstruction = sae.decode(latents)
+        reconstruction = sae.decode(latents, stream)
         explained.add(target[ordinary], reconstruction[ordinary])
         fired |= (latents[ordinary] > 0).any(0)
         active += float((latents[ordinary] > 0).sum())

@@ -1,10 +1,11 @@
 """A sparse autoencoder in one canonical form, whatever file it came from.
 
-    pre = h @ W_enc + b_enc        z = activation(pre)        h_hat = z @ W_dec + b_dec
+    pre = x @ W_enc + b_enc        z = activation(pre)        x_hat = z @ W_dec + b_dec
 
-Loaders fold everything else (input scaling, subtraction of the decoder bias, centring) into these four tensors, in
-float64. They are kept in float32 whatever the model's type: a rounded encoder would quantise the drift that is to be measured
-(P17).
+where `x` is the stream `h` itself, or, for the SAEs that normalise every position at run time, `x = (h - shift) / divisor`
+and `h_hat = x_hat * factor + shift`. `saes.stored` folds everything that is linear (input scaling, subtraction of the decoder
+bias, centring) into the four tensors, in float64. They are kept in float32 whatever the model's type: a rounded encoder would
+quantise the drift that is to be measured (P17).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from undertow.errors import UndertowError
 from undertow.saes.activations import Activation
+from undertow.saes.normalisation import Normaliser
 from undertow.sites import Site
 
 
@@ -31,11 +33,13 @@ class Latents:
         pre: `[..., latent]` pre-activations.
         post: `[..., latent]` activations.
         threshold: `[..., latent]` pre-activation above which each latent would be active.
+        factor: `[..., 1]` length in the stream of a vector of unit length in the SAE's output; 1 without a normaliser.
     """
 
     pre: Float[Tensor, "*place latent"]
     post: Float[Tensor, "*place latent"]
     threshold: Float[Tensor, "*place latent"]
+    factor: Float[Tensor, "*place one"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +56,13 @@ class SAE:
         activation: from pre-activations to latents.
         norm_limit: norm of the residual stream above which a position is a massive activation and outside of what the SAE
             was trained on; `None` where there is no such limit.
+        normaliser: normalisation of every position at run time, if any.
         centred: it reconstructs the stream minus its mean over dimensions (`center_writing_weights`).
+        scale_unknown: it was trained on a stream scaled by a constant that neither its files nor the user gave.
+        prepend_bos: whether it was trained on texts with a BOS in front; `None` where that is not known.
+        neuronpedia: `model/source` on Neuronpedia, where known.
         card: facts that came with the weights (held-out quality, recipe); may be empty.
-        source: facts for the run log: folder, format, digest of the weights.
+        source: facts for the run log: folder, weights file, format, digest of the weights.
     """
 
     name: str
@@ -65,7 +73,11 @@ class SAE:
     b_dec: Float[Tensor, " d"]
     activation: Activation
     norm_limit: float | None = None
+    normaliser: Normaliser | None = None
     centred: bool = False
+    scale_unknown: bool = False
+    prepend_bos: bool | None = None
+    neuronpedia: str | None = None
     card: dict[str, Any] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
 
@@ -81,11 +93,29 @@ class SAE:
 
     def encode(self, stream: Float[Tensor, "*place d"]) -> Float[Tensor, "*place latent"]:
         """All latents `[..., d_sae]`, in float32."""
-        return self.activation(stream.float() @ self.W_enc + self.b_enc)
+        return self.activation(self.seen(stream) @ self.W_enc + self.b_enc)
 
-    def decode(self, latents: Float[Tensor, "*place latent"]) -> Float[Tensor, "*place d"]:
-        """Reconstruction `[..., d_model]`."""
-        return latents @ self.W_dec + self.b_dec
+    def decode(self, latents: Float[Tensor, "*place latent"], stream: Float[Tensor, "*place d"]) -> Float[Tensor, "*place d"]:
+        """Reconstruction `[..., d_model]` of a stream from its latents; the stream matters where the SAE normalises it."""
+        output = latents @ self.W_dec + self.b_dec
+        if self.normaliser is None:
+            return output
+        frame = self.normaliser.frame(stream.float())
+        return output * frame.factor + frame.shift
+
+    def seen(self, stream: Float[Tensor, "*place d"]) -> Float[Tensor, "*place d"]:
+        """What the encoder's columns are applied to, in float32."""
+        stream = stream.float()
+        if self.normaliser is None:
+            return stream
+        frame = self.normaliser.frame(stream)
+        return (stream - frame.shift) / frame.divisor
+
+    def factor(self, stream: Float[Tensor, "*place d"]) -> Float[Tensor, "*place one"]:
+        """Length in the stream of a vector of unit length in the SAE's output, `[..., 1]`."""
+        if self.normaliser is None:
+            return torch.ones(*stream.shape[:-1], 1, device=stream.device)
+        return self.normaliser.frame(stream.float()).factor
 
     def target(self, stream: Float[Tensor, "*place d"]) -> Float[Tensor, "*place d"]:
         """What the reconstruction is to be compared with: the stream in float32, centred where the SAE is."""
@@ -115,6 +145,10 @@ class SAE:
                 f"the feature list {list(indices)} is empty or names a feature twice.", "List each feature once."
             )
         return FeatureSet(self, tuple(indices))
+
+    def rescaled(self, scale: float) -> SAE:
+        """The same SAE, reading the stream times `scale`."""
+        return replace(self, W_enc=self.W_enc * scale, W_dec=self.W_dec / scale, b_dec=self.b_dec / scale, scale_unknown=False)
 
     def to(self, device: torch.device | str) -> SAE:
         """The same SAE on another device."""
@@ -157,9 +191,10 @@ class FeatureSet:
 
     def read(self, stream: Float[Tensor, "*place d"]) -> Latents:
         """Pre-activations, activations and thresholds of the set, each `[..., |S|]`, differentiable, in float32."""
+        seen, factor = self.sae.seen(stream), self.sae.factor(stream)
         if self.sae.activation.elementwise:
-            pre = stream.float() @ self.W_enc + self.b_enc
-            return Latents(pre, self._activation(pre), self._activation.threshold(pre).expand_as(pre))
-        pre = stream.float() @ self.sae.W_enc + self.sae.b_enc
+            pre = seen @ self.W_enc + self.b_enc
+            return Latents(pre, self._activation(pre), self._activation.threshold(pre).expand_as(pre), factor)
+        pre = seen @ self.sae.W_enc + self.sae.b_enc
         post, threshold = self.sae.activation(pre), self.sae.activation.threshold(pre).expand_as(pre)
-        return Latents(pre[..., self.index], post[..., self.index], threshold[..., self.index])
+        return Latents(pre[..., self.index], post[..., self.index], threshold[..., self.index], factor)

@@ -1,0 +1,1 @@
+"""File formats of SAEs: one module for each library that writes them."""

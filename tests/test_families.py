@@ -1,0 +1,160 @@
+"""Every architecture x {suffix, padding, generation, sites, logits}: the machinery is exact on each (E2, P7)."""
+
+import pytest
+import torch
+from conftest import random_batch, tiny_sae
+from families import CONFIGS, LAYERS, WINDOW, D, tiny_model
+from test_suffix import relative
+from torch import nn
+
+from undertow.defences.clamp import Clamp
+from undertow.errors import UndertowError
+from undertow.models.language_model import TESTED_FAMILIES, LanguageModel
+from undertow.models.perturbation import Slot, perturbation_edits
+from undertow.models.residual import Recorder, generate, run
+from undertow.models.suffix import SuffixPass
+from undertow.sites import Site
+
+# Prompts longer than the sliding windows, so that a prefix does not fit into one.
+LENGTHS = (2 * WINDOW + 3, WINDOW - 1, 2 * WINDOW)
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def model(request) -> LanguageModel:
+    return tiny_model(request.param)
+
+
+def test_the_list_of_tested_families_is_the_list_of_tests():
+    assert list(TESTED_FAMILIES) == list(CONFIGS)
+
+
+@pytest.mark.parametrize("boundary", range(LAYERS + 1))
+@pytest.mark.parametrize("offsets", [(-1,), (-WINDOW - 2, -1)])
+def test_suffix(model, boundary, offsets):
+    """Outputs and gradients of the suffix pass equal those of the full pass, under a clamp."""
+    batch, site = random_batch(lengths=(11, 9, 8)), Site(boundary)
+    clamp = Clamp(tiny_sae(2, Site(min(boundary + 1, LAYERS))).features([0, 5, 9]), "set_if_active", -0.5)
+    slots = tuple(Slot(site, offset) for offset in offsets)
+    suffix = SuffixPass(model, batch, site, [clamp.edit()], min(offsets))
+    torch.manual_seed(0)
+    start, weight = torch.randn(batch.size, len(slots), D), torch.randn(batch.size, -min(offsets), D)
+    results = []
+    for fast in (True, False):
+        delta = start.clone().requires_grad_()
+        extra = perturbation_edits(slots, delta)
+        hidden = suffix(after=extra) if fast else run(model, batch, [clamp.edit(), *extra])[:, min(offsets) :]
+        (gradient,) = torch.autograd.grad((hidden * weight).sum(), delta)
+        results.append((hidden, gradient))
+    assert relative(results[0][0], results[1][0]) <= 1e-5
+    assert relative(results[0][1], results[1][1]) <= 1e-5
+
+
+def test_padding(model):
+    """Each sample of a left-padded batch equals that sample alone."""
+    batch = random_batch(5, LENGTHS)
+    together = run(model, batch)
+    for index, length in enumerate(LENGTHS):
+        alone = run(model, batch.select([index]).trimmed())[0]
+        assert relative(together[index, -length:], alone) <= 1e-5
+
+
+def test_generation(model):
+    """P7: with clamp and perturbation active, decoding with the key-value cache equals decoding without."""
+    batch, sae = random_batch(lengths=LENGTHS), tiny_sae()
+    slots = (Slot(Site(1), -1), Slot(Site(1), 0), Slot(Site(2), 2))
+    delta = 3 * torch.randn(batch.size, 3, D, generator=torch.Generator().manual_seed(0))
+    edits = [Clamp(sae.features([1, 2]), "set", 1.0).edit(), *perturbation_edits(slots, delta)]
+    cached = generate(model, batch, edits, max_new_tokens=6)
+    assert torch.equal(cached, generate(model, batch, edits, max_new_tokens=6, use_cache=False))
+    assert not torch.equal(cached, generate(model, batch, max_new_tokens=6))
+
+
+def test_sites(model):
+    """Every address of a place names that place, and the stream there is what transformers returns as hidden states."""
+    batch = random_batch(lengths=(6, 6))
+    recorders = [Recorder(Site(boundary)) for boundary in range(LAYERS + 1)]
+    run(model, batch, [recorder.edit for recorder in recorders])
+    hidden = model.decoder(input_ids=batch.ids, output_hidden_states=True).hidden_states
+    for boundary, recorder in enumerate(recorders[:-1]):
+        assert torch.allclose(recorder.states, hidden[boundary], atol=1e-5)
+        assert Site.parse(str(Site(boundary))) == Site(boundary)
+    for layer in range(LAYERS):
+        names = {f"{model.layers_path}.{layer}", f"blocks.{layer}.hook_resid_post"}
+        assert {Site.parse(name) for name in names} == {Site.parse(f"blocks.{layer + 1}.hook_resid_pre")} == {Site.post(layer)}
+
+
+def test_logits(model):
+    """Logits of chosen tokens, and all of them, are those of the network itself, soft-capping and scaling included."""
+    batch = random_batch(lengths=(6, 6))
+    wanted = model.network(input_ids=batch.ids).logits
+    hidden = run(model, batch)
+    ids = torch.tensor([[3, 9], [9, 5]])
+    assert torch.allclose(model.all_logits(hidden), wanted, atol=1e-5)
+    assert torch.allclose(model.logits(hidden[:, -1], ids), wanted[:, -1].gather(1, ids), atol=1e-5)
+
+
+class Unusual(nn.Module):
+    """A decoder whose blocks lie where no known architecture keeps them, around the parts of a real one."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.config = network.config
+        self.trunk = nn.Module()
+        self.trunk.inner = network.model
+        self.lm_head = network.lm_head
+        self.get_input_embeddings, self.get_output_embeddings = network.get_input_embeddings, lambda: self.lm_head
+
+
+def test_an_unknown_layout_needs_and_takes_a_layers_path():
+    network = tiny_model("llama").network
+    with pytest.raises(UndertowError, match=r"--layers-path; its module lists are: trunk\.inner\.layers"):
+        LanguageModel.wrap(Unusual(network))
+    with pytest.raises(UndertowError, match=r"decoder blocks at 'trunk\.layers'"):
+        LanguageModel.wrap(Unusual(network), layers_path="trunk.layers")
+    model = LanguageModel.wrap(Unusual(network), layers_path="trunk.inner.layers")
+    assert model.decoder is network.model
+    batch = random_batch()
+    plain = run(LanguageModel.wrap(network), batch)
+    assert torch.equal(run(model, batch), plain)
+    assert relative(SuffixPass(model, batch, Site(2), (), None)(), plain) <= 1e-5
+
+
+def test_defended_columns_stay_float32_under_bfloat16_weights():
+    """P17: under bfloat16 weights the clamp reads and writes in float32; only the stream itself is rounded."""
+    model = tiny_model("llama")
+    model.network.to(torch.bfloat16)
+    sae, batch = tiny_sae(), random_batch()
+    seen, after = Recorder(sae.site), Recorder(sae.site)
+    features = sae.features([1, 2, 3])
+    clamp = Clamp(features, "set", 0.7, skip_special=False)
+    run(model, batch, [seen.edit, clamp.edit(), after.edit])
+    read = features.read(seen.states)
+    assert seen.states.dtype == torch.bfloat16
+    assert {read.pre.dtype, features.W_enc.dtype, sae.W_dec.dtype} == {torch.float32}
+    change = ((0.7 - read.post) @ features.W_dec) * batch.mask[..., None]
+    assert torch.equal(after.states, seen.states + change.to(torch.bfloat16))
+
+
+def test_off_loaded_layers(tmp_path):
+    """`device_map`: layers whose weights are not in memory are brought in by accelerate; results do not change."""
+    from transformers import AutoModelForCausalLM
+
+    whole = tiny_model("llama")
+    whole.network.save_pretrained(tmp_path / "m")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    places |= {f"model.layers.{layer}": "disk" if layer == 2 else "cpu" for layer in range(LAYERS)}
+    spread = LanguageModel.wrap(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=places, offload_folder=str(tmp_path / "off"))
+    )
+    assert spread.network.get_output_embeddings().weight.is_meta
+    assert spread.device_at(Site(3)) == spread.device == torch.device("cpu")
+    batch, ids = random_batch(), torch.tensor([[3, 9]] * 3)
+    delta = torch.randn(batch.size, 1, D)
+    edits = [Clamp(tiny_sae().features([1]), "set", 1.0).edit(), *perturbation_edits((Slot(Site(3), -1),), delta)]
+    for model in (whole, spread):
+        hidden = SuffixPass(model, batch, Site(2), edits[:1])(after=edits[1:])
+        full = run(model, batch, edits)[:, -1:]
+        assert relative(hidden, full) <= 1e-5
+    assert torch.allclose(
+        spread.logits(run(spread, batch, edits)[:, -1], ids), whole.logits(run(whole, batch, edits)[:, -1], ids), atol=1e-5
+    )
