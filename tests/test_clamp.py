@@ -1,5 +1,7 @@
 """The clamp against its definition, its gradient, its scope (method.md section 1; P8, P13, P17)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import D, random_batch, tiny_sae
@@ -11,7 +13,7 @@ from undertow.defences.clamp import RULES, Clamp, Clamps
 from undertow.errors import UndertowError
 from undertow.models.batch import Where
 from undertow.saes.activations import ReLU, TopK
-from undertow.saes.sae import SAE
+from undertow.saes.normalisation import ConstantNorm, LayerNorm
 from undertow.sites import Site
 
 BY_HAND = {
@@ -32,17 +34,17 @@ def stream_for(batch, seed=0, scale=2.0):
     return scale * torch.randn(batch.size, batch.width, D, generator=torch.Generator().manual_seed(seed))
 
 
-def activations(sae: SAE, kind: str) -> SAE:
-    from dataclasses import replace
+KINDS = {
+    "jumprelu": {}, "relu": {"activation": ReLU()}, "topk": {"activation": TopK(8)},
+    "layer norm": {"normaliser": LayerNorm()}, "constant norm, topk": {"normaliser": ConstantNorm(), "activation": TopK(8)},
+}  # fmt: skip
 
-    return {"jumprelu": sae, "relu": replace(sae, activation=ReLU()), "topk": replace(sae, activation=TopK(8))}[kind]
 
-
-@pytest.mark.parametrize("kind", ["jumprelu", "relu", "topk"])
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("keep_error", [True, False])
 @pytest.mark.parametrize("rule", list(RULES))
 def test_delta_form_equals_decoding_the_clamped_latents(rule, keep_error, kind):
-    sae, batch, value = activations(tiny_sae(), kind), random_batch(), 0.7
+    sae, batch, value = replace(tiny_sae(), **KINDS[kind]), random_batch(), 0.7
     stream = stream_for(batch)
     features = [3, 10, 50]
     latents = sae.encode(stream)
@@ -56,10 +58,13 @@ def test_delta_form_equals_decoding_the_clamped_latents(rule, keep_error, kind):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10_000), rule=st.sampled_from(sorted(RULES)), value=st.floats(-3, 3), keep=st.booleans())
-def test_gradient_against_finite_differences(seed, rule, value, keep):
-    """P13: a detached error term, or a detached latent, would show as a wrong directional derivative."""
-    sae, batch = tiny_sae(seed % 7), random_batch(seed)
+@given(
+    seed=st.integers(0, 10_000), rule=st.sampled_from(sorted(RULES)), value=st.floats(-3, 3), keep=st.booleans(),
+    normaliser=st.sampled_from([None, LayerNorm(), ConstantNorm()]),
+)  # fmt: skip
+def test_gradient_against_finite_differences(seed, rule, value, keep, normaliser):
+    """P13: a detached error term, latent or normalisation would show as a wrong directional derivative."""
+    sae, batch = replace(tiny_sae(seed % 7), normaliser=normaliser), random_batch(seed)
     clamp = Clamp(sae.features([1, 2, 3, 4]), rule, value, keep)
     generator = torch.Generator().manual_seed(seed)
     stream = 2 * torch.randn(batch.size, batch.width, D, generator=generator)
@@ -83,8 +88,6 @@ def test_the_error_term_carries_gradient():
     sae, batch = tiny_sae(), random_batch()
     encoder = sae.W_enc.clone()
     encoder[0] = 0
-    from dataclasses import replace
-
     blind = replace(sae, W_enc=encoder)
     for keep, expected in ((True, 1.0), (False, 0.0)):
         leaf = stream_for(batch).requires_grad_()

@@ -1,5 +1,7 @@
 """Feature selection by attribution."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_batch, tiny_sae
@@ -8,15 +10,17 @@ from undertow.behaviours.logit_difference import LogitDifference
 from undertow.errors import UndertowError
 from undertow.features.attribution import attribution_scores, select_by_attribution
 from undertow.models.residual import Edit, run
+from undertow.saes.normalisation import LayerNorm
 
 
 def behaviour():
     return LogitDifference(torch.tensor([5, 6, 7]), torch.tensor([8, 9, 10]))
 
 
-def test_scores_are_the_first_order_effect_of_removing_a_feature(tiny):
+@pytest.mark.parametrize("normaliser", [None, LayerNorm()])
+def test_scores_are_the_first_order_effect_of_removing_a_feature(tiny, normaliser):
     """`z_f * (W_dec[f] . g)`: against a small finite change of the stream along each feature."""
-    sae, batch, score = tiny_sae(), random_batch(), behaviour()
+    sae, batch, score = replace(tiny_sae(), normaliser=normaliser), random_batch(), behaviour()
     scores = attribution_scores(tiny, batch, score, sae)
     rows = torch.arange(3)
     with torch.no_grad():
@@ -25,7 +29,7 @@ def test_scores_are_the_first_order_effect_of_removing_a_feature(tiny):
             def value(step, feature=feature):
                 def shrink(stream, where):
                     z = sae.encode(stream)[..., feature, None]
-                    return stream + step * z * sae.W_dec[feature] * where.mask[..., None]
+                    return stream + step * z * sae.factor(stream) * sae.W_dec[feature] * where.mask[..., None]
 
                 return score.value(tiny, run(tiny, batch, [Edit(sae.site, shrink)]), rows).double()
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from undertow.attacks.base import Problem
 from undertow.constraints.base import Constraint
-from undertow.models.perturbation import clipped, joint_norm
 
 ZERO, UNDO, RANDOM = "control:zero", "control:undo", "control:random"
 
@@ -34,20 +33,21 @@ def zero(problem: Problem) -> Float[Tensor, "batch slot d"]:
 
 def undo(problem: Problem, constraint: Constraint, budget: Float[Tensor, " batch"]) -> Float[Tensor, "batch slot d"]:
     """`P (h_base - h_def)` within the budget (P5, C-d)."""
-    return clipped(constraint.project(problem.base_stream - problem.stream), budget)
+    constraint = constraint.at(problem.stream)
+    return constraint.within(constraint.project(problem.base_stream - problem.stream), budget)
 
 
 def random_direction(
-    constraint: Constraint, like: Float[Tensor, "batch slot d"], norms: Float[Tensor, " batch"], seeds: Sequence[int]
+    constraint: Constraint, stream: Float[Tensor, "batch slot d"], norms: Float[Tensor, " batch"], seeds: Sequence[int]
 ) -> Float[Tensor, "batch slot d"]:
     """A random direction in the constraint's subspace for each sample, at the given norms (C-a).
 
     Args:
         constraint: whose subspace.
-        like: a tensor of the shape, type and device wanted.
+        stream: the defended stream at the slots.
         norms: `[batch]` joint norm of each.
         seeds: one for each sample, so that a sample's direction does not depend on its batch.
     """
-    drawn = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    directions = constraint.project(torch.stack(drawn).to(like))
-    return directions * (norms / joint_norm(directions).clamp(min=1e-30))[:, None, None]
+    drawn = [torch.randn(stream.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    constraint = constraint.at(stream)
+    return constraint.sized(constraint.project(torch.stack(drawn).to(stream)), norms)

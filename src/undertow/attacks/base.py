@@ -124,7 +124,8 @@ class Search(Attack):
     @override
     def propose(self, problem: Problem, budgets: Sequence[Float[Tensor, " batch"]]) -> list[SolveResult]:
         """Solve for each budget in turn, each from the last one's answer if the solver allows it."""
-        objective, constraint = BehaviourObjective(problem), self.constraint(problem.slots, problem.defence)
+        objective = BehaviourObjective(problem)
+        constraint = self.constraint(problem.slots, problem.defence).at(problem.stream)
         start = torch.zeros_like(problem.stream)
         results = []
         for budget in budgets:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from undertow.constraints.base import CONSTRAINTS, Subspace
+from undertow.constraints.base import CONSTRAINTS, Constraint, orthogonal
 from undertow.models.perturbation import Slot
 from undertow.saes.sae import FeatureSet
 from undertow.sites import Site
 
 
-def encoder_decoder(slots: tuple[Slot, ...], defended: dict[Site, FeatureSet]) -> Subspace:
+def encoder_decoder(slots: tuple[Slot, ...], defended: dict[Site, FeatureSet]) -> Constraint:
     """Orthogonal to encoder columns and decoder rows of the features defended at each slot's site.
 
     Both are scaled to unit length first, so that the rank decision does not depend on their different scales.
@@ -27,7 +27,7 @@ def encoder_decoder(slots: tuple[Slot, ...], defended: dict[Site, FeatureSet]) -
             continue
         columns = torch.cat([features.W_enc, features.W_dec.T], 1)
         directions.append(columns / columns.norm(dim=0).clamp(min=1e-30))
-    return Subspace(directions)
+    return orthogonal(slots, defended, directions)
 
 
 CONSTRAINTS.add("encoder+decoder", encoder_decoder)

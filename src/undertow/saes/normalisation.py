@@ -31,6 +31,10 @@ class Normaliser(ABC):
     name: str
 
     @abstractmethod
+    def removed(self, d_model: int) -> Float[Tensor, "d n"]:
+        """Directions that the normalisation takes out of the stream before it measures its size."""
+
+    @abstractmethod
     def frame(self, stream: Float[Tensor, "*place d"]) -> Frame:
         """The frame of every position of a stream in float32."""
 
@@ -45,6 +49,10 @@ class LayerNorm(Normaliser):
         deviation = stream.std(-1, keepdim=True)
         return Frame(stream.mean(-1, keepdim=True), deviation + 1e-5, deviation)
 
+    @override
+    def removed(self, d_model: int) -> Float[Tensor, "d n"]:
+        return torch.ones(d_model, 1)
+
 
 class ConstantNorm(Normaliser):
     """Every position scaled to the norm `sqrt(d_model)`: SAELens's `constant_norm_rescale`."""
@@ -55,3 +63,7 @@ class ConstantNorm(Normaliser):
     def frame(self, stream: Float[Tensor, "*place d"]) -> Frame:
         size = stream.norm(dim=-1, keepdim=True) / stream.shape[-1] ** 0.5
         return Frame(torch.zeros_like(size), size, size)
+
+    @override
+    def removed(self, d_model: int) -> Float[Tensor, "d n"]:
+        return torch.ones(d_model, 0)

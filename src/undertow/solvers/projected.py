@@ -4,10 +4,10 @@ For the samples still searching, at step `t` of `T`:
 
 1. value and gradient at `delta`; a sample at or above its target is finished (P12, E4): its last step is halved back
    a few times towards the point where the target was crossed, so that the answer does not overshoot by a whole step;
-2. `g = project(gradient)`, scaled to unit joint norm;
-3. `m = momentum * m + g`: a sum of vectors of the subspace stays in it;
-4. `delta = project(delta + length(t) * m / ||m||)`, then scaled to the budget; `length` falls from `first` to `last` times
-   the budget along a half cosine;
+2. `g = tangent(gradient)`, the part along which delta may move, scaled to unit joint norm;
+3. `m = momentum * tangent(m) + g`;
+4. `delta = project(delta + length(t) * m / ||m||)`, then drawn back to the budget; `length` falls from `first` to `last`
+   times the budget along a half cosine;
 5. the leak of the result is checked against `LEAK_LIMIT`.
 
 A sample's answer is its best iterate. Steps depend on directions and norms alone, never on single coordinates, so the
@@ -25,7 +25,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from undertow.constraints.base import Constraint
-from undertow.models.perturbation import clipped, joint_norm
+from undertow.models.perturbation import joint_norm
 from undertow.solvers.base import Objective, Solver, SolveResult, Status
 
 LEAK_LIMIT = 1e-5
@@ -63,7 +63,7 @@ class Projected(Solver):
         Raises:
             RuntimeError: an iterate left the constraint by more than `LEAK_LIMIT`.
         """
-        delta = clipped(constraint.project(start), budget)
+        delta = constraint.within(constraint.project(start), budget)
         previous = delta.clone()
         direction = torch.zeros_like(delta)
         best, best_value = delta.clone(), torch.full_like(budget, -torch.inf)
@@ -76,14 +76,16 @@ class Projected(Solver):
             best_value[active[improved]] = value[improved]
             best[active[improved]] = delta[active[improved]]
 
-            ascent = _unit(constraint.project(gradient))
+            ascent = _unit(constraint.select(active).tangent(delta[active], gradient))
             reached = value >= objective.target[active]
             failed = ~reached & ~(joint_norm(ascent) > 0.5)
             for row in active[failed].tolist():
                 status[row] = Status.FAILED
             if reached.any():
                 rows = active[reached]
-                best[rows], best_value[rows] = self._retreat(objective, previous[rows], delta[rows], value[reached], rows)
+                best[rows], best_value[rows] = self._retreat(
+                    objective, constraint.select(rows), budget[rows], previous[rows], delta[rows], value[reached], rows
+                )
                 for row in rows.tolist():
                     status[row] = Status.REACHED
             going = ~reached & ~failed
@@ -93,20 +95,22 @@ class Projected(Solver):
 
             steps[active.cpu()] += 1
             previous[active] = delta[active]
-            direction[active] = self.momentum * direction[active] + ascent
+            here = constraint.select(active)
+            direction[active] = self.momentum * here.tangent(delta[active], direction[active]) + ascent
             length = (self._length(step) * budget[active])[:, None, None]
-            moved = constraint.project(delta[active] + length * _unit(direction[active]))
-            delta[active] = clipped(moved, budget[active])
-            _check_leak(constraint, delta[active])
+            moved = here.project(delta[active] + length * _unit(direction[active]))
+            delta[active] = here.within(moved, budget[active])
+            _check_leak(here, delta[active])
         return SolveResult(best, best_value, status, steps)
 
     @torch.no_grad()
     def _retreat(
-        self, objective: Objective, below: Tensor, above: Tensor, value: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Bisect the segment from `below` the target to `above` it; every point of it satisfies constraint and budget."""
+        self, objective: Objective, constraint: Constraint, budget: Tensor, below: Tensor, above: Tensor, value: Tensor,
+        rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Bisect the way from `below` the target to `above` it, within constraint and budget."""
         for _ in range(self.retreats):
-            middle = (below + above) / 2
+            middle = constraint.within(constraint.project((below + above) / 2), budget)
             found = objective(middle, rows)
             enough = found >= objective.target[rows]
             keep = enough[:, None, None]

@@ -47,7 +47,7 @@ class Published(Solver):
         optimiser = torch.optim.Adam([delta], lr=self.learning_rate, maximize=True)
         for _ in range(self.steps):
             _, gradient = value_and_gradient(objective, delta, rows)
-            delta.grad = constraint.project(gradient)
+            delta.grad = constraint.tangent(torch.zeros_like(delta), gradient)
             optimiser.step()
             delta.data = clipped(delta.data, budget)
         with torch.no_grad():
