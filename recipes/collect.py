@@ -6,8 +6,8 @@ What is kept, and why (SmolLM2 has massive activations: 0.02 % of positions hold
 1. each text alone, cut into windows of 128 tokens, each of which starts with a BOS where the tokenizer adds one; texts are
    never joined, so no window attends across documents;
 2. the first position of every window is left out: it is an attention sink with a norm far above the median;
-3. so is every position whose norm is over `NORM_FACTOR` times the median norm of the site (`norm_limit` in the card);
-   the SAE has nothing to say there, and undertow's clamps leave such positions alone;
+3. so is every position whose norm is over `NORM_FACTOR` times the median norm of the site, or more than float16 holds
+   (`norm_limit` in the card); the SAE has nothing to say there, and undertow's clamps leave such positions alone;
 4. rows are stored raw, in float16, in the order in which they come; training shuffles them.
 
 The network runs under bfloat16 autocast (weights float32, residual stream float32): matrix products are rounded, the stream
@@ -100,7 +100,7 @@ def main() -> None:
             rows = {layer: seen[layer].float()[mask] for layer in args.layers}
             norms = {layer: rows[layer].norm(dim=-1) for layer in args.layers}
             for layer in args.layers:
-                limits.setdefault(layer, NORM_FACTOR * norms[layer].median().item())
+                limits.setdefault(layer, min(NORM_FACTOR * norms[layer].median().item(), float(np.finfo(np.float16).max)))
             ordinary = torch.stack([norms[layer] <= limits[layer] for layer in args.layers]).all(0)
             massive += int((~ordinary).sum())
             tokens += len(ordinary)

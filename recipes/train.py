@@ -120,6 +120,9 @@ def main() -> None:
     facts = json.loads((args.acts / "facts.json").read_text())
     # The store has room for all rows that were asked for; the text may have held fewer.
     rows = np.load(args.acts / f"layer{args.layer}.npy", mmap_mode="r")[: facts["rows"]]
+    # One row that overflowed would turn every weight into NaN, half an hour later.
+    if not all(np.isfinite(rows[start : start + 100_000]).all() for start in range(0, len(rows), 100_000)):
+        raise SystemExit(f"layer {args.layer}: some stored rows are not finite; collect them again")
     began = time.time()
     sae = train(rows, args)
     save(sae, args, facts, time.time() - began)

@@ -63,28 +63,42 @@ def _parse_list(text: str | None, convert: type, field: str) -> list[Any] | None
         ) from None
 
 
-MODEL_HELP = "packaged name, hub id, local folder, or GGUF file [default: smollm2]"
-SAE_HELP = "packaged name, local folder, release/id, or hub id/folder [default: packaged]"
-Model = Annotated[Optional[str], typer.Option(help=MODEL_HELP)]
-SAEName = Annotated[Optional[str], typer.Option("--sae", help=SAE_HELP)]
-Models = Annotated[Optional[list[str]], typer.Option("--model", help=f"{MODEL_HELP}; again for a second model")]
-SAENames = Annotated[Optional[list[str]], typer.Option("--sae", help=f"{SAE_HELP}; one for each model")]
-Revision = Annotated[Optional[str], typer.Option(help="hub revision of the model")]
-Site = Annotated[Optional[str], typer.Option(help="overrides the SAE's own hook point, e.g. blocks.15.hook_resid_post")]
-LayersPath = Annotated[Optional[str], typer.Option(help="where an unusual architecture keeps its blocks, e.g. model.blocks")]
+MODEL, SAE, CLAMP, ATTACK, RUN = "Model", "SAE and features", "Clamp", "Attack", "Run"
+MODEL_HELP = "packaged name, hub id, local folder, or GGUF file (default: smollm2)"
+SAE_HELP = "packaged name, local folder, release/id, or hub id/folder (default: packaged)"
+
+
+def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+Model = Annotated[Optional[str], _option(help=MODEL_HELP, panel=MODEL)]
+SAEName = Annotated[Optional[str], _option("--sae", help=SAE_HELP, panel=SAE)]
+Models = Annotated[
+    Optional[list[str]], _option("--model", help=f"{MODEL_HELP}; again for a second model", panel=MODEL, metavar="<str>")
+]
+SAENames = Annotated[Optional[list[str]], _option("--sae", help=f"{SAE_HELP}; one for each model", panel=SAE, metavar="<str>")]
+Revision = Annotated[Optional[str], _option(help="hub revision of the model", panel=MODEL)]
+Site = Annotated[Optional[str], _option(help="overrides the SAE's own hook point: blocks.15.hook_resid_post", panel=SAE)]
+LayersPath = Annotated[
+    Optional[str], _option(help="where an unusual architecture keeps its blocks, e.g. model.blocks", panel=MODEL)
+]
 PrependBos = Annotated[
     Optional[bool],
-    typer.Option("--prepend-bos/--no-prepend-bos", help="BOS before texts if the tokenizer adds none [default: as the SAE]"),
-]
+    _option("--prepend-bos/--no-prepend-bos", help="BOS before texts if the tokenizer adds none (default: as the SAE says)",
+            panel=MODEL),
+]  # fmt: skip
 CentreInput = Annotated[
     Optional[bool],
-    typer.Option("--centre-input/--raw-input", help="the SAE reads mean-centred residuals [default: as its config says]"),
+    _option("--centre-input/--raw-input", help="the SAE reads mean-centred residuals (default: as its config says)", panel=SAE),
 ]
-InputScale = Annotated[Optional[float], typer.Option(help="factor on the stream before encoding, where the SAE leaves it open")]
-Device = Annotated[Optional[str], typer.Option(help="torch device, or auto to spread layers over all [default: cpu]")]
-Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16 [default: float32]")]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads [default: one for each core]", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output on stdout")]
+InputScale = Annotated[
+    Optional[float], _option(help="factor on the stream before encoding, where the SAE's files leave it open", panel=SAE)
+]
+Device = Annotated[Optional[str], _option(help="torch device, or auto to spread layers over all (default: cpu)", panel=MODEL)]
+Dtype = Annotated[Optional[str], _option(help="float32, bfloat16 or float16 (default: float32)", panel=MODEL)]
+Threads = Annotated[Optional[int], _option(help="CPU threads (default: one for each core)", panel=RUN, min=1)]
+AsJson = Annotated[bool, _option("--json", help="machine-readable output on stdout", panel=RUN)]
 
 
 @app.command()
@@ -96,24 +110,24 @@ def run(
     site: Site = None,
     features: Annotated[
         Optional[str],
-        typer.Option(help="how many features attribution picks (20), or a list of indices (12,345,6; 77,) or Neuronpedia URLs"),
+        _option(help="how many attribution picks (20), or a list: indices (12,345; 77,) or Neuronpedia URLs", panel=SAE),
     ] = None,
-    clamp: Annotated[Optional[str], typer.Option(help="set, set_if_active, scale, zero, floor, cap")] = None,
-    value: Annotated[Optional[float], typer.Option(help="the clamp's value (factor for scale)")] = None,
-    drop_error: Annotated[bool, typer.Option("--drop-error", help="clamp without keeping the SAE error")] = False,
-    positions: Annotated[Optional[str], typer.Option(help="where the clamp acts: all, last, prompt, generated")] = None,
+    clamp: Annotated[Optional[str], _option(help="set, set_if_active, scale, zero, floor, cap", panel=CLAMP)] = None,
+    value: Annotated[Optional[float], _option(help="the clamp's value (factor for scale)", panel=CLAMP)] = None,
+    drop_error: Annotated[bool, _option("--drop-error", help="clamp without keeping the SAE error", panel=CLAMP)] = False,
+    positions: Annotated[Optional[str], _option(help="where the clamp acts: all, last, prompt, generated", panel=CLAMP)] = None,
     arms: Annotated[
-        Optional[str], typer.Option(help="attackers: none,encoder,encoder+decoder,published [default: all]")
+        Optional[str], _option(help="attackers: none,encoder,encoder+decoder,published (default: all)", panel=ATTACK)
     ] = None,
-    budgets: Annotated[Optional[str], typer.Option(help="norm budgets, e.g. 0.05,0.1,0.2")] = None,
-    budget_unit: Annotated[Optional[str], typer.Option(help="relative (to ||h_def||) or absolute")] = None,
-    order: Annotated[Optional[str], typer.Option(help="clamp-then-delta or delta-then-clamp (strict)")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="solver steps for each budget")] = None,
-    prompts: Annotated[Optional[int], typer.Option(help="evaluation prompts to try")] = None,
-    names: Annotated[Optional[str], typer.Option(help="ioi: your own single-token names, comma-separated")] = None,
-    preset: Annotated[Optional[str], typer.Option(help="paper, paper-as-published")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="YAML file in the form that --dry-run prints")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="seed of everything")] = None,
+    budgets: Annotated[Optional[str], _option(help="norm budgets, e.g. 0.05,0.1,0.2", panel=ATTACK)] = None,
+    budget_unit: Annotated[Optional[str], _option(help="relative (to ||h_def||) or absolute", panel=ATTACK)] = None,
+    order: Annotated[Optional[str], _option(help="clamp-then-delta or delta-then-clamp (strict)", panel=ATTACK)] = None,
+    steps: Annotated[Optional[int], _option(help="solver steps for each budget", panel=ATTACK)] = None,
+    prompts: Annotated[Optional[int], _option(help="evaluation prompts to try", panel=RUN)] = None,
+    names: Annotated[Optional[str], _option(help="ioi: your own single-token names, comma-separated", panel=RUN)] = None,
+    preset: Annotated[Optional[str], _option(help="paper, paper-as-published", panel=RUN)] = None,
+    config: Annotated[Optional[Path], _option(help="YAML file in the form that --dry-run prints", panel=RUN)] = None,
+    seed: Annotated[Optional[int], _option(help="seed of everything", panel=RUN)] = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -122,15 +136,16 @@ def run(
     centre_input: CentreInput = None,
     input_scale: InputScale = None,
     accept_pairing: Annotated[
-        bool, typer.Option("--accept-pairing", help="go on although the SAE fits another site or scaling better")
+        bool, _option("--accept-pairing", help="go on although the SAE fits another site or scaling better", panel=SAE)
     ] = False,
     settings: Annotated[
-        Optional[list[str]], typer.Option("--set", help="any other field, e.g. --set attack.offsets=[-2,-1]; repeatable")
+        Optional[list[str]],
+        _option("--set", help="any other field, e.g. --set audit.min_flips=20; repeatable", panel=RUN, metavar="<field=value>"),
     ] = None,
     out: Annotated[
-        Optional[Path], typer.Option(help="run folder, or with several models their parent [default: runs/TASK-DIGEST]")
+        Optional[Path], _option(help="run folder, or with several models their parent (default: runs/TASK-DIGEST)", panel=RUN)
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
+    dry_run: Annotated[bool, _option("--dry-run", help="print the resolved configuration and stop", panel=RUN)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Audit a clamp: choose features, clamp them, attack, verify, judge.
@@ -196,7 +211,7 @@ def _settings(texts: list[str] | None) -> dict[str, Any]:
     for text in texts or []:
         field, equals, value = text.partition("=")
         if not equals or not field.strip():
-            raise UndertowError(f"--set {text!r} is not of the form FIELD=VALUE.", "Example: --set attack.offsets=[-2,-1].")
+            raise UndertowError(f"--set {text!r} is not of the form FIELD=VALUE.", "Example: --set audit.min_flips=20.")
         try:
             fields[field.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -323,7 +338,7 @@ def check(
     sae: SAEName = None,
     revision: Revision = None,
     site: Site = None,
-    text: Annotated[Optional[Path], typer.Option(help="own text file, UTF-8 [default: the public corpus]")] = None,
+    text: Annotated[Optional[Path], typer.Option(help="own text file, UTF-8 (default: the public corpus)")] = None,
     tokens: Annotated[int, typer.Option(help="tokens of held-out text to measure on", min=500)] = 20_000,
     everything: Annotated[bool, typer.Option("--all", help="check every SAE packaged for the model")] = False,
     write_card: Annotated[bool, typer.Option("--write-card", help="store the figures in the SAE's card.json")] = False,
@@ -373,7 +388,7 @@ def check(
 @app.command(name="list")
 def list_parts(
     kind: Annotated[
-        Optional[str], typer.Argument(help="models, families, saes, formats, tasks, presets or arms [default: all]")
+        Optional[str], typer.Argument(help="models, families, saes, formats, tasks, presets or arms (default: all)")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
