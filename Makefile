@@ -27,8 +27,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
 
+# The libraries that write other SAE formats, for the tests that read them; dictionary-learning's own dependencies are for training.
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,formats]'
+	$(PIP) --no-deps dictionary-learning
 	touch $@
 
 clean:

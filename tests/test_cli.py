@@ -12,6 +12,7 @@ from undertow.cli import app
 from undertow.errors import UndertowError
 
 RUNNER = CliRunner()
+PEDIA = "https://www.neuronpedia.org/gpt2-small"
 
 
 def refused(*arguments: str) -> str:
@@ -48,6 +49,18 @@ def refused(*arguments: str) -> str:
         (["show", "nowhere"], "nowhere is not a run folder"),
         (["check", "--model", "./missing"], "model './missing' is not a folder"),
         (["schema", "chess"], "task 'chess' is unknown"),
+        (["list", "toys"], "there is no list of 'toys'. Choose from: models, families, saes"),
+        (["compare", "nowhere"], "one run cannot be compared"),
+        (["compare", "nowhere", "else"], "nowhere is not a run folder"),
+        (["run", "ioi", "--model", "smollm2", "--model", "smollm2"], "the same model was given twice"),
+        (["run", "ioi", "--model", "a/b", "--sae", "x", "--sae", "y"], "2 SAEs were given for 1 models"),
+        (["run", "ioi", "--set", "audit.min_flips"], "is not of the form FIELD=VALUE"),
+        (["run", "ioi", "--set", "audit.min_flips=[1"], "the value is not YAML"),
+        (["run", "ioi", "--set", "audit.min_flip=3"], "audit.min_flip: Extra inputs are not permitted"),
+        (["run", "ioi", "--revision", "v1"], "only models on the hub have revisions"),
+        (["run", "ioi", "--input-scale", "-1"], "sae.input_scale: Input should be greater than 0"),
+        (["run", "ioi", "--features", "https://www.neuronpedia.org/gpt2-small"], "is not the address of a feature"),
+        (["run", "ioi", "--features", f"{PEDIA}/7-res-jb/1,{PEDIA}/8-res-jb/1"], "--features are of several SAEs"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -94,7 +107,7 @@ def test_no_valid_flip_says_what_to_do(tmp_path):
         planted_audit(error_route(0), tmp_path, clamp={"rule": "floor", "value": 0.0})
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["check"], ["list"], ["schema"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["compare"], ["check"], ["list"], ["schema"]])
 def test_help(command):
     result = RUNNER.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -161,3 +174,61 @@ def test_list():
     known = json.loads(result.stdout)
     assert known["presets"] == ["ioi: paper", "ioi: paper-as-published"]
     assert {"none", "encoder", "encoder+decoder", "published"} <= set(known["arms"])
+
+
+def test_list_models_says_what_fetching_costs(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDERTOW_CACHE", str(tmp_path))
+    shown = RUNNER.invoke(app, ["list", "models"]).stdout
+    assert "gemma3-270m: Gemma 3 270M (pretrained)" in shown
+    assert "Gemma Terms of Use; to be fetched on first use: 240 MB from PyPI, then about 60 s once" in shown
+    assert "blocks." not in shown, "only what was asked for"
+    assert "gemma2: Gemma 2" in RUNNER.invoke(app, ["list", "families"]).stdout
+
+
+def test_features_by_their_addresses_on_neuronpedia():
+    addresses = f"{PEDIA}/8-res-jb/123, www.neuronpedia.org/gpt2-small/8-res-jb/77?embed=true"
+    config = yaml.safe_load(RUNNER.invoke(app, ["run", "ioi", "--features", addresses, "--dry-run"]).stdout)
+    assert config["features"]["indices"] == [123, 77]
+    assert config["features"]["neuronpedia"] == "gpt2-small/8-res-jb"
+
+
+def test_features_of_another_sae_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch):
+    from undertow import setting
+
+    write(tmp_path / "sae")
+    monkeypatch.setattr(setting, "load_model", lambda **_: pytest.fail("the model was loaded"))
+    common = ("run", "ioi", "--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "r"))
+    message = refused(*common, "--features", f"{PEDIA}/8-res-jb/3")
+    assert "the features are of gpt2-small/8-res-jb on Neuronpedia" in message
+    write(tmp_path / "sae", normalize_activations="expected_average_only_in")
+    assert "Give it with --input-scale; `undertow check` estimates it." in refused(*common)
+
+
+def test_any_field_by_set():
+    arguments = ["--set", "audit.min_flips=3", "--set", "attack.offsets=[-2, -1]", "--dry-run"]
+    config = yaml.safe_load(RUNNER.invoke(app, ["run", "ioi", *arguments]).stdout)
+    assert (config["audit"]["min_flips"], config["attack"]["offsets"]) == (3, [-2, -1])
+
+
+def test_several_models_make_several_runs(tmp_path):
+    printed = RUNNER.invoke(app, ["run", "ioi", "--model", "smollm2", "--model", "gemma3-270m", "--dry-run"]).stdout
+    assert [config["model"]["name"] for config in yaml.safe_load_all(printed)] == ["smollm2", "gemma3-270m"]
+    write(tmp_path / "sae")
+    pairs = ["--model", "smollm2", "--model", "smollm2", "--sae", str(tmp_path / "sae"), "--sae", "smollm2/x"]
+    configs = list(yaml.safe_load_all(RUNNER.invoke(app, ["run", "ioi", *pairs, "--dry-run"]).stdout))
+    assert [config["sae"]["name"] for config in configs] == [str(tmp_path / "sae"), "smollm2/x"]
+
+
+def test_compare_prints_runs_side_by_side(tmp_path):
+    for seed in (0, 1):
+        planted_audit(error_route(seed), tmp_path / str(seed), seed, attack={"steps": 4, "published_steps": 4})
+    folders = [str(tmp_path / str(seed)) for seed in (0, 1)]
+    shown = RUNNER.invoke(app, ["compare", *folders])
+    assert shown.exit_code == 0, shown.output
+    for expected in ("planted (1)", "planted (2)", "encoder+decoder", "control:undo", "valid flips", "24/24 ["):
+        assert expected in shown.stdout
+    logs = json.loads(RUNNER.invoke(app, ["compare", *folders, "--json"]).stdout)
+    assert [log["status"] for log in logs] == ["complete", "complete"]
+    run = json.loads((tmp_path / "1" / "run.json").read_text())
+    (tmp_path / "1" / "run.json").write_text(json.dumps({**run, "config": {**run["config"], "task": "tpp"}}))
+    assert "the runs are of different tasks: ioi, tpp" in refused("compare", *folders)

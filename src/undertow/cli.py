@@ -312,7 +312,7 @@ def compare(
         if len(folders) < 2:
             raise UndertowError("one run cannot be compared.", "Give two run folders or more; `undertow show` prints one.")
         logs = [_complete_run(folder) for folder in folders]
-        tasks = {log["task"] for log in logs}
+        tasks = {log["config"]["task"] for log in logs}
         if len(tasks) > 1:
             raise UndertowError(f"the runs are of different tasks: {', '.join(sorted(tasks))}.", "Compare runs of one task.")
         if as_json:

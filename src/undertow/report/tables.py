@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,19 +42,14 @@ def run_tables(run: dict[str, Any], width: int = WIDE) -> Group:
 def _setup(run: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     clamp, counts, means = run["clamp"][0], run["counts"], run["means"]
-    value = "" if clamp["rule"] == "zero" else f" {clamp['value']}"
     table.add_row("model", run["model"]["name"])
-    explained = run["sae"]["explained_variance_on_prompts"]
-    table.add_row(
-        "SAE",
-        f"{run['sae']['name']} at {run['sae']['site']}, {run['sae']['latents']} latents, "
-        f"explains {explained:.2f} of the variance on the selection prompts"
-        if explained is not None
-        else run["sae"]["name"],
-    )
+    sae = run["sae"]
+    table.add_row("SAE", f"{sae['name']} at {sae['site']}, {sae['latents']} latents")
+    if sae["explained_variance_on_prompts"] is not None:
+        table.add_row("", f"explains {sae['explained_variance_on_prompts']:.2f} of the variance on the selection prompts")
     table.add_row(
         "clamp",
-        f"{clamp['rule']}{value} on {len(clamp['features'])} features, positions {clamp['positions']}, "
+        f"{_clamp(clamp)} on {len(clamp['features'])} features, positions {clamp['positions']}, "
         f"error {'kept' if clamp['keep_error'] else 'dropped'}",
     )
     for url in clamp.get("neuronpedia", []):
@@ -106,25 +100,31 @@ def comparison(runs: list[dict[str, Any]]) -> Group:
         runs: contents of their `run.json`, all of one task.
     """
     headings = _headings(runs)
-    table = Table(title="Runs side by side", title_justify="left")
-    table.add_column("")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    facts = Table(title="Runs side by side", title_justify="left")
+    table = Table(title="Recovered, by arm and budget", title_justify="left")
+    for one, labels in ((facts, ("",)), (table, ("arm", "budget"))):
+        for label in labels:
+            one.add_column(label, no_wrap=True)
+        for heading in headings:
+            one.add_column(heading, justify="right")
     for label, cell in FACTS:
-        table.add_row(label, *(cell(run) for run in runs), end_section=label == FACTS[-1][0])
+        facts.add_row(label, *(cell(run) for run in runs))
     shown = [_shown_arms(run) for run in runs]
     for arm in dict.fromkeys(arm for arms in shown for arm in arms):
         budgets = sorted({(entry["budget"], key) for arms in shown for key, entry in arms.get(arm, {}).items()})
-        for _, key in budgets:
+        for index, (_, key) in enumerate(budgets):
             cells = [_recovery(arms.get(arm, {}).get(key)) for arms in shown]
-            table.add_row(f"{arm} {key}", *cells, end_section=key == budgets[-1][1])
+            table.add_row("" if index else arm, key, *cells, end_section=index == len(budgets) - 1)
+    legend = Text(
+        "Intervals: Wilson, for samples clustered by source. `undertow show RUN` has drift, leak and norms.", style="dim"
+    )
     sentences = [Text(f"{heading}: {run['verdict']['sentence']}") for heading, run in zip(headings, runs, strict=True)]
     notes = [
         Text(f"{heading}, warning: {warning}", style="yellow")
         for heading, run in zip(headings, runs, strict=True)
         for warning in run["warnings"]
     ]
-    return Group(table, *sentences, *notes)
+    return Group(facts, table, legend, Text(), *sentences, *notes)
 
 
 def _headings(runs: list[dict[str, Any]]) -> list[str]:
@@ -142,18 +142,26 @@ def _recovery(entry: dict[str, Any] | None) -> str:
     return "{}/{} [{:.2f}, {:.2f}]".format(entry["recovered"], entry["n"], *entry["interval"])
 
 
+def _two_decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _clamp(clamp: dict[str, Any]) -> str:
+    return clamp["rule"] if clamp["rule"] == "zero" else f"{clamp['rule']} {clamp['value']}"
+
+
 # Rows of the comparison that say what was audited.
 FACTS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("SAE site", lambda run: run["sae"]["site"]),
     ("latents", lambda run: str(run["sae"]["latents"])),
-    ("explained variance", lambda run: f"{run['sae']['explained_variance_on_prompts'] or math.nan:.2f}"),
+    ("explained variance, prompts", lambda run: _two_decimals(run["sae"]["explained_variance_on_prompts"])),
     ("features clamped", lambda run: str(len(run["clamp"][0]["features"]))),
-    ("clamp", lambda run: f"{run['clamp'][0]['rule']} {run['clamp'][0]['value']:g}"),
+    ("clamp", lambda run: _clamp(run["clamp"][0])),
     ("base model right", lambda run: f"{run['counts']['base_holds']}/{run['counts']['candidates']}"),
     ("mean score, base", lambda run: f"{run['means']['base']:.2f}"),
     ("mean score, clamped", lambda run: f"{run['means']['defended']:.2f}"),
     ("valid flips", lambda run: str(run["counts"]["valid_flips"])),
     ("order", lambda run: run["config"]["attack"]["order"]),
-    ("budget unit", lambda run: run["config"]["attack"]["budget_unit"]),
+    ("budgets are", lambda run: run["config"]["attack"]["budget_unit"]),
     ("verdict", lambda run: run["verdict"]["label"]),
 )
