@@ -55,6 +55,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", {**_GROUPED, "sliding_window": WINDOW}),
     "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 2 * D, "word_embed_proj_dim": D, "init_std": 0.2}),
     "olmo2": ("Olmo2Config", _GROUPED),
+    "gptj": (
+        "GPTJConfig",
+        {"vocab_size": VOCAB, "n_embd": D, "n_layer": LAYERS, "n_head": 4, "rotary_dim": 4, "n_positions": 128},
+    ),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"vocab_size": VOCAB, "hidden_size": D, "num_layers": LAYERS, "num_heads": 4, "window_size": WINDOW,
+         "attention_types": [[["global", "local"], LAYERS // 2]], "max_position_embeddings": 128},
+    ),
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": D, "n_layer": LAYERS, "n_head": 4}),
+    "falcon": ("FalconConfig", _COMMON),
 }  # fmt: skip
 
 
@@ -67,6 +78,5 @@ def tiny_model(model_type: str, seed: int = 0, **facts: Any) -> LanguageModel:
     with torch.no_grad():
         for parameter in network.parameters():
             # Norms start at one and biases at zero; nothing may be so special that a mistake would not show.
-            if parameter.ndim < 2:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_((0.1 if parameter.ndim < 2 else 0.15) * torch.randn_like(parameter))
     return LanguageModel.wrap(network, name=model_type, **facts)

@@ -1,18 +1,27 @@
 """Every architecture x {suffix, padding, generation, sites, logits}: the machinery is exact on each (E2, P7)."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers
 from conftest import random_batch, tiny_sae
 from families import CONFIGS, LAYERS, WINDOW, D, tiny_model
+from safetensors.torch import load_file, save_file
 from test_suffix import relative
 from torch import nn
 
 from undertow.defences.clamp import Clamp
 from undertow.errors import UndertowError
+from undertow.models.exactness import LIMITS, exactness
+from undertow.models.gguf import check_complete
 from undertow.models.language_model import TESTED_FAMILIES, LanguageModel
+from undertow.models.load import load_model
 from undertow.models.perturbation import Slot, perturbation_edits
 from undertow.models.residual import Recorder, generate, run
 from undertow.models.suffix import SuffixPass
+from undertow.saes.load import fitted
 from undertow.sites import Site
 
 # Prompts longer than the sliding windows, so that a prefix does not fit into one.
@@ -158,3 +167,54 @@ def test_off_loaded_layers(tmp_path):
     assert torch.allclose(
         spread.logits(run(spread, batch, edits)[:, -1], ids), whole.logits(run(whole, batch, edits)[:, -1], ids), atol=1e-5
     )
+
+
+def test_inexact_architectures_are_refused_and_exact_ones_pass():
+    """Convolutional state is not in the key-value cache: the suffix pass would compute something else, unnoticed."""
+    batch = random_batch(lengths=(9, 9, 7))
+    assert max(exactness(tiny_model("gemma2"), batch, Site(2)).values()) <= LIMITS[torch.float32]
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(
+        vocab_size=64, hidden_size=D, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, layer_types=["conv", "full_attention"] * 2, initializer_range=0.2,
+    )  # fmt: skip
+    hybrid = LanguageModel.wrap(transformers.AutoModelForCausalLM.from_config(config))
+    assert max(exactness(hybrid, batch, Site(2)).values()) > LIMITS[torch.float32]
+
+
+def saved(tmp_path):
+    model = tiny_model("llama")
+    model.network.save_pretrained(tmp_path)
+    return load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tmp_path):
+    """transformers would leave them random, and only print a warning that the command line silences."""
+    tensors, config = saved(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    network, found = load(tmp_path, output_loading_info=True)
+    check_complete(network, found)
+    missing = {name: tensor for name, tensor in tensors.items() if "layers.2.mlp.up_proj" not in name}
+    save_file(missing, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UndertowError, match=r"1 weights are missing, among them model\.layers\.2\.mlp\.up_proj"):
+        check_complete(*load(tmp_path, output_loading_info=True))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(UndertowError, match="of blocks that its configuration lacks"):
+        check_complete(*load(tmp_path, output_loading_info=True))
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"model_type": 5}', '{"model_type": "llama", "num_hidden_layers": "four"}'])
+def test_a_damaged_configuration_is_one_line(tmp_path, damage):
+    saved(tmp_path)
+    (tmp_path / "config.json").write_text(damage)
+    with pytest.raises(UndertowError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_centring_belongs_to_layer_norms(tmp_path):
+    """TransformerLens centres nothing in a model with RMS norms, whatever an SAE's configuration says."""
+    sae = replace(tiny_sae(), centred=True)
+    assert fitted(sae, tiny_model("gpt2")).centred
+    with pytest.raises(UndertowError, match="has no layer norms, and TransformerLens centres nothing.*--raw-input"):
+        fitted(sae, tiny_model("llama"))

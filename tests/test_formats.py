@@ -25,7 +25,8 @@ from undertow.models.batch import Batch, Where
 from undertow.models.language_model import LanguageModel
 from undertow.models.residual import Recorder, run
 from undertow.saes import load
-from undertow.saes.load import read_sae
+from undertow.saes.load import read_sae, sae_fingerprint
+from undertow.saes.normalisation import ConstantNorm
 from undertow.sites import Site
 
 LATENTS = 96
@@ -76,7 +77,7 @@ def assert_as_expected(folder: Path, **overrides):
 
 SAE_LENS = [
     "standard", "standard-raw-input", "gated", "jumprelu", "topk", "topk-rescaled", "batchtopk", "batchtopk-checkpoint",
-    "matryoshka", "matryoshka-checkpoint", "whitening-folded",
+    "matryoshka", "matryoshka-checkpoint", "whitening-folded", "jumprelu-flagged",
     *(f"{name}-{kind}" for kind in ("layer_norm", "constant_norm_rescale") for name in ("standard", "gated", "topk")),
 ]  # fmt: skip
 
@@ -211,7 +212,121 @@ def test_gemma_scope_of_other_places_is_refused(tmp_path, place):
         read_sae(str(folder), "any")
 
 
+@pytest.mark.parametrize(
+    ("trainer", "site"),
+    [
+        ({"submodule_name": "resid_pre_layer_1"}, Site(1)),
+        ({"submodule_name": "resid_mid_layer_1"}, None),
+        ({"layer": "1"}, None),
+    ],
+)
+def test_dictionary_learning_of_other_places(dictionary_learning, tmp_path, trainer, site):
+    """`pre` is not read as `post`, and what lies between is refused."""
+    weights = load_file(dictionary_learning / "JumpReluAutoEncoder" / "expected.safetensors")
+    assert weights
+    config = json.loads((dictionary_learning / "AutoEncoderNew" / "config.json").read_text())
+    config["trainer"].update(trainer)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"encoder.weight": (LATENTS, D), "encoder.bias": (LATENTS,), "decoder.weight": (D, LATENTS), "decoder.bias": (D,)}
+    save_file({n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}, tmp_path / "ae.safetensors")
+    if site:
+        assert read_sae(str(tmp_path), "any").site == site
+    else:
+        with pytest.raises(UndertowError, match="is no place of the residual stream that is known"):
+            read_sae(str(tmp_path), "any")
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "message"),
+    [
+        ({"hf_hook_point_in": "model.layers.7.output"}, {}, "config.json says model.layers.7.output, the path layer 12"),
+        ({"affine_connection": True}, {}, "affine_connection is True"),
+        ({"hf_hook_point_in": "model.layers.12.output", "hf_hook_point_out": "x"}, {}, "hf_hook_point_out is 'x'"),
+        ({}, {"affine_skip_connection": torch.zeros(D, D)}, "also holds affine_skip_connection"),
+    ],
+)
+def test_gemma_scope_2_that_contradicts_itself(tmp_path, config, extra, message):
+    folder = tmp_path / "my-mlp-project" / "gemma-scope-2-1b-pt" / "resid_post" / "layer_12_width_16k_l0_small"
+    folder.mkdir(parents=True)
+    save_file({**{n.lower(): x for n, x in scope_tensors().items()}, **extra}, folder / "params.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UndertowError, match=message):
+        read_sae(str(folder), "any")
+
+
 # Files from anyone
+
+
+def test_the_file_that_was_named_is_the_one_that_is_read(sae_lens, tmp_path):
+    for file in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / file).write_bytes((sae_lens / "standard" / file).read_bytes())
+    assert read_sae(str(tmp_path / "sae_weights.safetensors"), "any").source["format"] == "saelens"
+    with pytest.raises(UndertowError, match="cfg.json is no weights file that is known"):
+        read_sae(str(tmp_path / "cfg.json"), "any")
+    (tmp_path / "WEIGHTS.PT").write_bytes(b"")
+    with pytest.raises(UndertowError, match="does not read pickles"):
+        read_sae(str(tmp_path / "WEIGHTS.PT"), "any")
+    (tmp_path / "ae.safetensors").write_bytes(b"")
+    with pytest.raises(UndertowError, match="holds weights in several formats"):
+        read_sae(str(tmp_path), "any")
+
+
+def test_the_fingerprint_covers_the_configuration(sae_lens, tmp_path):
+    """A run is not continued, nor its verdict repeated, when the SAE's configuration has changed under it."""
+    for file in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / file).write_bytes((sae_lens / "topk" / file).read_bytes())
+    before = sae_fingerprint(str(tmp_path), "any")
+    assert sae_fingerprint(str(tmp_path), "any") == before
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, "k": 8}))
+    assert sae_fingerprint(str(tmp_path), "any") != before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metadata": []}, {"metadata": "x"}, {"metadata": {"hook_name": 5}}, {"metadata": {"hook_name": ["a"]}},
+        {"metadata": {"model_from_pretrained_kwargs": "x"}}, {"k": 10**30}, {"k": 97}, {"k": -1}, {"k": None}, {"d_in": None},
+        {"d_sae": 9.5}, {"d_in": -32}, {"d_in": True}, {"apply_b_dec_to_input": "false"}, {"normalize_activations": {}},
+        {"rescale_acts_by_decoder_norm": "false"}, {"architecture": ["topk"]}, {"reshape_activations": 3},
+    ],
+)  # fmt: skip
+def test_wrong_types_in_a_configuration_are_one_line(sae_lens, tmp_path, changes):
+    for file in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / file).write_bytes((sae_lens / "topk" / file).read_bytes())
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(UndertowError):
+        read_sae(str(tmp_path), "any")
+
+
+@pytest.mark.parametrize("limit", ["abc", [1], -3.0, float("nan")])
+def test_a_norm_limit_is_a_positive_number(sae_lens, tmp_path, limit):
+    for file in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / file).write_bytes((sae_lens / "topk" / file).read_bytes())
+    (tmp_path / "card.json").write_text(json.dumps({"norm_limit": limit}))
+    with pytest.raises(UndertowError, match="norm_limit is"):
+        read_sae(str(tmp_path), "any")
+
+
+def test_damaged_archives_are_one_line(tmp_path):
+    """Random damage to a compressed archive makes the libraries raise all sorts of things; users see one."""
+    np.savez_compressed(tmp_path / "good.npz", **{n: x.numpy() for n, x in scope_tensors().items()})
+    good = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "good.npz").unlink()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(good)
+        for place in rng.integers(0, len(good), 4):
+            damaged[place] = rng.integers(0, 256)
+        (tmp_path / "params.npz").write_bytes(bytes(damaged))
+        try:
+            read_sae(str(tmp_path), "any", site="blocks.1.hook_resid_post")
+        except UndertowError:
+            refused += 1
+    assert refused > 50
 
 
 def test_pickled_weights_are_never_opened(tmp_path):
@@ -280,8 +395,7 @@ other-release:
     path: b
 tiny-res-jb:
   config_overrides:
-    model_from_pretrained_kwargs:
-      center_writing_weights: true
+    normalize_activations: constant_norm_rescale
   repo_id: someone/tiny-saes
   saes:
   - id: blocks.1.hook_resid_pre
@@ -309,7 +423,8 @@ def test_a_release_of_sae_lens_means_a_folder_on_the_hub(sae_lens, tmp_path, mon
     try:
         sae = read_sae("tiny-res-jb/blocks.1.hook_resid_pre", "any", revision="v2")
         assert fetched == [("someone/tiny-saes", "v2")]
-        assert (sae.centred, sae.neuronpedia) == (True, "tiny/1-res-jb")
+        assert sae.neuronpedia == "tiny/1-res-jb"
+        assert isinstance(sae.normaliser, ConstantNorm), "what the release says of the configuration counts"
         # The release's scale is for SAEs whose files leave it open; this one's do not.
         assert torch.allclose(sae.W_dec, read_sae(str(sae_lens / "standard"), "any").W_dec)
         with pytest.raises(UndertowError, match="release tiny-res-jb has no SAE 'z'"):
@@ -342,5 +457,5 @@ def test_the_real_registry_of_sae_lens():
         pytest.skip("sae-lens is not installed")
     located = load._locate("gpt2-small-res-jb/blocks.8.hook_resid_pre")
     assert located.on_hub == ("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre")
-    assert located.known.centre_input is True
+    assert located.config["model_from_pretrained_kwargs"] == {"center_writing_weights": True}
     assert located.known.neuronpedia == "gpt2-small/8-res-jb"

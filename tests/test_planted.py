@@ -1,7 +1,7 @@
 """Planted truth: the verdict is right where the answer is known by construction."""
 
 import pytest
-from planted import error_route, one_route, planted_audit, undo_route
+from planted import error_route, one_route, planted_audit, planted_config, planted_data, planted_model, planted_sae, undo_route
 
 SEEDS = (0, 1, 2)
 FORBIDDING = ("encoder", "encoder+decoder")
@@ -71,3 +71,32 @@ def test_bfloat16_weights(tmp_path):
     entry = log.run["arms"]["encoder"]["1"]
     assert entry["recovered"] == entry["n"]
     assert entry["metrics"]["leak"]["max"] <= 1e-5
+
+
+def test_an_sae_that_normalises_its_input_is_audited_exactly(tmp_path):
+    """Encoder arms hold the readings of an SAE that divides by the stream's size; in the strict order they are refused."""
+    from dataclasses import replace
+
+    from undertow.audit import audit
+    from undertow.errors import UndertowError
+    from undertow.runlog import RunLog
+    from undertow.saes.normalisation import ConstantNorm
+    from undertow.setting import assemble
+
+    def planted(order: str):
+        plant = error_route(0)
+        config = planted_config(attack={"order": order, "arms": ("none", "encoder", "encoder+decoder"), "budgets": (0.5,)})
+        sae = replace(planted_sae(plant), normaliser=ConstantNorm())
+        return assemble(config, planted_model(plant, 0), sae, planted_data(0))
+
+    setting = planted("clamp-then-delta")
+    log = audit(setting, RunLog(tmp_path / "a", {"command": "test", "config": setting.config.model_dump(mode="json")}))
+    for row in log.rows():
+        if row["arm"].startswith("encoder"):
+            assert row["leak"] <= 1e-5
+            assert row["relative_preactivation_drift"] <= 1e-5
+    free = [row["relative_preactivation_drift"] for row in log.rows() if row["arm"] == "none"]
+    assert max(free) > 0.05
+    setting = planted("delta-then-clamp")
+    with pytest.raises(UndertowError, match="normalises its input, and what the clamp reads"):
+        audit(setting, RunLog(tmp_path / "b", {"command": "test", "config": setting.config.model_dump(mode="json")}))

@@ -111,6 +111,15 @@ def sae_lens(out: Path) -> None:
     scaled.fold_activation_norm_scaling_factor(0.4)
     expect(out / "scale-unknown", scaled.encode, scaled.decode)
 
+    # A field that the library ignores for this architecture.
+    flagged = lib.JumpReLUSAE(lib.JumpReLUSAEConfig(**common, metadata=metadata()))
+    randomise(flagged, 52)
+    flagged.save_model(out / "jumprelu-flagged")
+    config = out / "jumprelu-flagged" / "cfg.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rescale_acts_by_decoder_norm": True}))
+    loaded = lib.SAE.load_from_disk(str(config.parent))
+    expect(config.parent, loaded.encode, loaded.decode)
+
 
 def sparsify(out: Path) -> None:
     """A TopK SAE of sparsify."""
@@ -160,8 +169,12 @@ def dictionary_learning(out: Path) -> None:
         name = type(dictionary).__name__
         if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
             dictionary.threshold.fill_(0.8)
-        expect(out / name, dictionary.encode, dictionary.decode)
+        (out / name).mkdir(parents=True)
         torch.save(dictionary.state_dict(), out / name / "ae.pt")
+        if name == "AutoEncoder":
+            # The library's loader gives decoder rows unit norm, by default and for this class alone.
+            dictionary = lib.AutoEncoder.from_pretrained(str(out / name / "ae.pt"))
+        expect(out / name, dictionary.encode, dictionary.decode)
         trainer = {"dict_class": name, "activation_dim": D, "dict_size": LATENTS, "k": K, "layer": 1, "lm_name": "tiny",
                    "submodule_name": "resid_post_layer_1"}  # fmt: skip
         (out / name / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))

@@ -87,6 +87,12 @@ class Auditor:
         self.constraints = {arm: attack.constraint(setting.slots, setting.defence) for arm, attack in attacks.items()}
         self.reference = "encoder" if "encoder" in attacks else next(iter(attacks))
         for arm, constraint in self.constraints.items():
+            if constraint.after_clamp_only and setting.config.attack.order == "delta-then-clamp":
+                raise UndertowError(
+                    f"arm {arm} with order delta-then-clamp: SAE {setting.sae.name} normalises its input, and what the clamp "
+                    "reads and what it leaves behind cannot both be held.",
+                    "Use --order clamp-then-delta, or the arms none and published-none.",
+                )
             if constraint.forbids_everything:
                 raise UndertowError(
                     f"arm {arm} with {len(setting.selection.indices)} features forbids every direction of a stream of width "

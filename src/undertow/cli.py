@@ -79,6 +79,7 @@ Models = Annotated[
 ]
 SAENames = Annotated[Optional[list[str]], _option("--sae", help=f"{SAE_HELP}; one for each model", panel=SAE, metavar="<str>")]
 Revision = Annotated[Optional[str], _option(help="hub revision of the model", panel=MODEL)]
+SAERevision = Annotated[Optional[str], _option(help="hub revision of the SAE", panel=SAE)]
 Site = Annotated[Optional[str], _option(help="overrides the SAE's own hook point: blocks.15.hook_resid_post", panel=SAE)]
 LayersPath = Annotated[
     Optional[str], _option(help="where an unusual architecture keeps its blocks, e.g. model.blocks", panel=MODEL)
@@ -107,6 +108,7 @@ def run(
     model: Models = None,
     revision: Revision = None,
     sae: SAENames = None,
+    sae_revision: SAERevision = None,
     site: Site = None,
     features: Annotated[
         Optional[str],
@@ -172,7 +174,7 @@ def run(
         overrides = {
             "model.revision": revision, "model.device": device, "model.dtype": dtype, "model.prepend_bos": prepend_bos,
             "model.layers_path": layers_path, "sae.site": site, "sae.centre_input": centre_input,
-            "sae.input_scale": input_scale, "sae.accept_pairing": accept_pairing or None,
+            "sae.revision": sae_revision, "sae.input_scale": input_scale, "sae.accept_pairing": accept_pairing or None,
             "clamp.rule": clamp, "clamp.value": value, "clamp.keep_error": False if drop_error else None,
             "clamp.positions": positions,
             "attack.arms": _parse_list(arms, str, "arms"), "attack.budgets": _parse_list(budgets, float, "budgets"),
@@ -183,7 +185,7 @@ def run(
         data = TASKS.get(task).data
         resolved = [
             resolve(task, data, preset=preset, file=config, overrides=_nested({**overrides, **pair}))
-            for pair in _pairs(model, sae)
+            for pair in _pairs(model, sae, overrides)
         ]
         if dry_run:
             typer.echo("---\n".join(_as_yaml(one.model_dump(mode="json")) for one in resolved), nl=False)
@@ -191,13 +193,17 @@ def run(
         _run_and_print(resolved, out, as_json)
 
 
-def _pairs(models: list[str] | None, saes: list[str] | None) -> list[dict[str, Any]]:
-    """Names of model and SAE for each run that was asked for."""
+def _pairs(models: list[str] | None, saes: list[str] | None, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Names of model and SAE for each run that was asked for; `fields` must fit them all."""
+    single = ("model.revision", "model.layers_path", "sae.revision", "sae.site", "sae.input_scale", "features.indices")
+    own = [field for field in single if fields.get(field)]
     if saes and len(saes) != len(models or [None]):
         raise UndertowError(
             f"{len(saes)} SAEs were given for {len(models or [None])} models.", "Give one --sae for each --model, or none."
         )
     named: list[str | None] = list(models or [None])
+    if len(set(named)) > 1 and own:
+        raise UndertowError(f"{', '.join(own)} cannot be meant for {len(named)} models.", "Run them one by one.")
     if len(set(named)) < len(named) and not saes:
         raise UndertowError("the same model was given twice.", "Give different models, or an --sae for each.")
     return [{"model.name": m, "sae.name": s} for m, s in zip(named, saes or [None] * len(named), strict=True)]
@@ -240,7 +246,10 @@ def _feature_fields(text: str | None) -> dict[str, Any]:
 
 def _run_and_print(configs: list[Any], out: Path | None, as_json: bool) -> None:
     from undertow.report.tables import comparison, run_tables
+    from undertow.setting import check_names
 
+    for config in configs:
+        check_names(config)
     folders = [_folder(config, out, len(configs) > 1) for config in configs]
     logs = [_run(config, folder) for config, folder in zip(configs, folders, strict=True)]
     if as_json:
@@ -337,6 +346,7 @@ def check(
     model: Model = None,
     sae: SAEName = None,
     revision: Revision = None,
+    sae_revision: SAERevision = None,
     site: Site = None,
     text: Annotated[Optional[Path], typer.Option(help="own text file, UTF-8 (default: the public corpus)")] = None,
     tokens: Annotated[int, typer.Option(help="tokens of held-out text to measure on", min=500)] = 20_000,
@@ -370,7 +380,8 @@ def check(
         given = {
             "model.name": model, "model.revision": revision, "model.device": device, "model.dtype": dtype,
             "model.prepend_bos": prepend_bos, "model.layers_path": layers_path,
-            "sae.name": sae, "sae.site": site, "sae.centre_input": centre_input, "sae.input_scale": input_scale,
+            "sae.name": sae, "sae.revision": sae_revision, "sae.site": site, "sae.centre_input": centre_input,
+            "sae.input_scale": input_scale,
         }  # fmt: skip
         sections = _nested(given)
         reports = check_pairs(
@@ -458,6 +469,8 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         place = nested
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UndertowError(f"{parent} is given both as a whole and by its fields.", "Give one of them.")
         place[last] = value
     return nested
 
@@ -472,7 +485,8 @@ def _console() -> Any:
     from rich.console import Console
 
     # A pipe or a file has no width of its own; tables must not be cut there.
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    # Names may hold square brackets, which are not markup.
+    return Console(markup=False) if sys.stdout.isatty() else Console(width=140, markup=False)
 
 
 def _quiet() -> None:

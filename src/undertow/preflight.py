@@ -6,7 +6,7 @@
    requested change an encoder reads back from the clamped stream;
 4. gradient of the clamped stream against central differences, in the direction in which a detached error term would show
    (P13);
-5. the suffix pass against the full pass, outputs and gradients.
+5. the suffix pass against the full pass, padding, and logits (`models.exactness`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from undertow.config import ModelConfig, SAEConfig
 from undertow.defences.clamp import Clamp
 from undertow.errors import UndertowError
 from undertow.models.batch import Batch, Where
+from undertow.models.exactness import LIMITS, exactness, relative_error
 from undertow.models.language_model import LanguageModel
 from undertow.models.load import check_model_name, load_model
-from undertow.models.perturbation import Slot, perturbation_edits
 from undertow.models.residual import Recorder, run
 from undertow.models.suffix import SuffixPass
 from undertow.saes.load import fitted, packaged_saes, read_sae
@@ -121,6 +121,8 @@ def check_pairs(
     own = model_config.name
     check_model_name(own, model_config.revision)
     names = [name for name in packaged_saes() if name.split("/")[0] == own] if everything else [sae_config.name]
+    if everything and (sae_config.site or sae_config.name):
+        raise UndertowError("--all is for every packaged SAE at its own site.", "Leave --sae and --site out.")
     if not names:
         raise UndertowError(f"no SAE is packaged for model {own!r}.", "Name one with --sae instead of --all.")
     saes = [read_sae(name, own, **sae_config.options()) for name in names]
@@ -149,7 +151,7 @@ def check_pair(model: LanguageModel, sae: SAE, texts: list[str], tokens: int) ->
     # Two prompts of different length, so that padding is exercised too.
     pieces = [ids[:length] for ids, length in zip(model.encode(texts[:2]), (24, 17), strict=False)]
     batch = Batch.of(pieces, model.special_ids, model.device)
-    checks += [*_clamp_checks(model, sae, batch), *_suffix_checks(model, sae, batch)]
+    checks += [*_clamp_checks(model, sae, batch), *_exactness_checks(model, sae, batch)]
     return Report(model.name, sae.name, str(sae.site), quality, checks)
 
 
@@ -178,9 +180,9 @@ def _pairing_checks(model: LanguageModel, sae: SAE, batches: list[Batch]) -> lis
 
 def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
     """Set the strongest latents to their largest value by a hook, and look at the stream that comes out of it."""
-    where = Where.slice(batch, 0, batch.width, batch.width)
     stream = SuffixPass(model, batch, sae.site, first_offset=None).entering.float()
-    ordinary = batch.mask & sae.ordinary(stream)
+    where = Where.slice(batch, 0, batch.width, batch.width).to(stream.device)
+    ordinary = batch.mask.to(stream.device) & sae.ordinary(stream)
     latents = sae.encode(stream)
     strongest = (latents * ordinary[..., None]).sum((0, 1)).topk(min(8, sae.d_sae)).indices
     features = sae.features(strongest.tolist())
@@ -196,7 +198,7 @@ def _clamp_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
     wanted = latents.clone()
     wanted[:, strongest] = value
     slow = sae.decode(wanted, entering) + (entering - sae.decode(latents, entering))
-    readback = _relative(clamped, slow)
+    readback = relative_error(clamped, slow)
     asked = value - latents[:, strongest]
     seen = features.read(clamped).pre - features.read(entering).pre
     share = float((seen * asked).sum() / asked.square().sum())
@@ -229,34 +231,15 @@ def _gradient_check(clamp: Clamp, stream: Tensor, where: Where) -> Check:
     return Check("clamp: gradient against finite differences", error, "<= 1e-2", error <= 1e-2)
 
 
-def _suffix_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
-    slots = (Slot(sae.site, -3), Slot(sae.site, -1))
-    generator = torch.Generator().manual_seed(1)
-    suffix = SuffixPass(model, batch, sae.site, first_offset=-3)
-    size = float(suffix.entering.float().norm(dim=-1).median())
-    delta = 0.1 * size * torch.randn((batch.size, 2, model.d_model), generator=generator) / model.d_model**0.5
-    results = []
-    for fast in (True, False):
-        leaf = delta.to(model.device, model.dtype).requires_grad_()
-        with torch.enable_grad():
-            edits = perturbation_edits(slots, leaf)
-            hidden = (suffix(after=edits) if fast else run(model, batch, edits))[:, -3:]
-            weight = torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view(hidden.shape)
-            (gradient,) = torch.autograd.grad((hidden.float() * weight).sum(), leaf)
-        results.append((hidden.detach(), gradient))
-    limit = 1e-5 if model.dtype == torch.float32 else 0.05
-    errors = [_relative(fast, full) for fast, full in zip(*results, strict=True)]
-    return [
-        Check(f"suffix pass against full pass: {what}", error, f"<= {limit:g}", error <= limit)
-        for what, error in zip(("output", "gradient"), errors, strict=True)
-    ]
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def _exactness_checks(model: LanguageModel, sae: SAE, batch: Batch) -> list[Check]:
+    limit = LIMITS[model.dtype]
+    errors = exactness(model, batch, sae.site)
+    return [Check(name, error, f"<= {limit:g}", error <= limit) for name, error in errors.items()]
 
 
 def _write_card(sae: SAE, quality: Quality, text: str) -> None:
+    if sae.source["format"] != "saelens":
+        raise UndertowError(f"{sae.name} is in a format that has no card.", "Leave --write-card out.")
     path = Path(sae.source["folder"]) / "card.json"
     held_out = {
         "text": text, "tokens": quality.tokens, "explained_variance": round(quality.explained_variance, 4),

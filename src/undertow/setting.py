@@ -14,10 +14,12 @@ from undertow.config import ModelConfig, RunConfig
 from undertow.defences.clamp import Clamp, Clamps
 from undertow.errors import UndertowError
 from undertow.features.attribution import Selection, select_by_attribution
+from undertow.models.exactness import LIMITS, exactness
 from undertow.models.language_model import LanguageModel
 from undertow.models.load import check_model_name, load_model, model_fingerprint
 from undertow.models.perturbation import Slot
 from undertow.saes.load import check_sae_name, fitted, read_sae, sae_fingerprint
+from undertow.saes.neuronpedia import feature_url, parse_address
 from undertow.saes.pairing import alternatives, better_uses
 from undertow.saes.sae import SAE
 from undertow.tasks.base import TASKS, TaskData
@@ -85,7 +87,9 @@ def prepare(config: RunConfig) -> Setting:
     model = load_model(**model_options(config.model, sae))
     sae = fitted(sae, model)
     data = TASKS.get(config.task).build(model, config.data, config.seed)
-    return _belonging_together(assemble(config, model, sae, data))
+    setting = assemble(config, model, sae, data)
+    _check_exact(setting)
+    return _belonging_together(setting)
 
 
 def model_options(config: ModelConfig, sae: SAE) -> dict[str, Any]:
@@ -102,7 +106,10 @@ def _check_features(config: RunConfig, sae: SAE) -> None:
     source = config.features.neuronpedia
     if not source:
         return
-    layer = int(source.partition("/")[2].partition("-")[0])
+    address = parse_address(feature_url(source, 0))
+    if any(f"-{other}-" in f"{address.source}-" for other in ("att", "mlp", "transcoder")):
+        raise UndertowError(f"{source} on Neuronpedia is not of the residual stream.", "Give features of an SAE that is.")
+    layer = address.layer
     # The boundary after a block is the one before the next, and sources are numbered by either.
     if layer not in (sae.site.boundary, sae.site.boundary - 1) or sae.neuronpedia not in (None, source):
         raise UndertowError(
@@ -111,12 +118,25 @@ def _check_features(config: RunConfig, sae: SAE) -> None:
         )
 
 
+def _check_exact(setting: Setting) -> None:
+    """Refuse a model on which the fast path computes something else than the model itself, before it is searched with."""
+    batch, _ = setting.data.selection.rows(list(range(min(3, setting.data.selection.batch.size))))
+    limit = LIMITS[setting.model.dtype]
+    for name, error in exactness(setting.model, batch, setting.sae.site).items():
+        if not error <= limit:
+            raise UndertowError(
+                f"undertow is not exact on {setting.model.name} ({type(setting.model.network).__name__}): {name}, relative "
+                f"error {error:.1e}, more than {limit:g}.",
+                "It needs a causal attention-only decoder; `undertow list families` names those that are proven.",
+            )
+
+
 def _belonging_together(setting: Setting) -> Setting:
     """The setting with the SAE's explained variance on the selection prompts; refused where they do not belong together."""
     batches = [batch for batch, _ in setting.data.selection.pieces(setting.config.audit.batch_size)]
     explained, others = alternatives(setting.model, setting.sae, batches)
     where = f"of the variance of {setting.model.name} at {setting.sae.site} on the task's prompts"
-    if explained < MIN_VARIANCE:
+    if not explained >= MIN_VARIANCE:
         raise UndertowError(
             f"SAE {setting.sae.name} explains {explained:.2f} {where}, less than {MIN_VARIANCE}.",
             "It was trained on another model, site or scaling; `undertow check` measures more.",

@@ -33,9 +33,12 @@ class Constraint(ABC):
 
     Attributes:
         forbids_everything: no perturbation but 0 satisfies it.
+        after_clamp_only: it holds the features only where the stream that it is bound to is the one that delta is added to,
+            that is, with delta behind the clamp.
     """
 
     forbids_everything: bool = False
+    after_clamp_only: bool = False
 
     def at(self, stream: Float[Tensor, "batch slot d"]) -> Constraint:
         """The constraint for samples whose defended stream at the slots is this; itself where the stream does not matter."""
@@ -115,8 +118,10 @@ def _off(x: Float[Tensor, "batch d"], basis: Float[Tensor, "d rank"] | None) -> 
 
 
 def orthonormal_basis(columns: Float[Tensor, "d n"]) -> Float[Tensor, "d rank"]:
-    """Orthonormal basis of the span of `columns`, in float64, rank-revealing."""
-    left, singular, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    """Orthonormal basis of the span of `columns`, in float64, rank-revealing; scales of the columns do not matter."""
+    columns = columns.double()
+    columns = columns / columns.norm(dim=0).clamp(min=1e-300)
+    left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
     return left[:, singular > RANK_TOLERANCE * singular.max().clamp(min=1e-300)]
 
 
@@ -159,9 +164,12 @@ class Sphere(Constraint):
         remainder: `r` of every sample, `[batch, slot, d_model]` in float64; given by `at`.
     """
 
+    after_clamp_only = True
+
     def __init__(self, subspace: Subspace, curved: list[bool], remainder: Float[Tensor, "batch slot d"] | None = None) -> None:
         self.subspace, self.curved, self._remainder = subspace, curved, remainder
-        self.forbids_everything = subspace.forbids_everything
+        # A sphere in one dimension is two points, of which one is no perturbation.
+        self.forbids_everything = all(basis is not None and basis.shape[1] >= len(basis) - 1 for basis in subspace.bases)
 
     @override
     def at(self, stream: Float[Tensor, "batch slot d"]) -> Sphere:
@@ -270,7 +278,9 @@ def orthogonal(
     if not any(kinds):
         return Subspace(directions)
     added = [
-        columns if kind is None or columns is None else torch.cat([columns, kind.removed(len(columns)).to(columns)], 1)
+        columns
+        if kind is None or columns is None
+        else _unit(torch.cat([columns, kind.removed(len(columns)).to(columns)], 1).T).T
         for kind, columns in zip(kinds, directions, strict=True)
     ]
     return Sphere(Subspace(added), [kind is not None for kind in kinds])

@@ -45,6 +45,10 @@ TESTED_FAMILIES = {
     "phi3": "Phi-3",
     "opt": "OPT",
     "olmo2": "OLMo 2",
+    "gptj": "GPT-J",
+    "gpt_neo": "GPT-Neo (TinyStories)",
+    "bloom": "BLOOM",
+    "falcon": "Falcon",
 }
 
 

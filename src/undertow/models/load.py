@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from undertow.errors import UndertowError
-from undertow.models.gguf import read_gguf
+from undertow.models.gguf import check_complete, read_gguf
 from undertow.models.language_model import LanguageModel
 from undertow.models.packaged import PACKAGED_MODELS, packaged_folder
 
@@ -52,7 +51,9 @@ def load_model(
         network, tokenizer = _read(where, revision, getattr(torch, dtype), spread)
         if not spread:
             network.to(torch.device(device))
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
+    except UndertowError:
+        raise
+    except Exception as error:  # a damaged file can make the libraries raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UndertowError(
             f"model {name!r} cannot be loaded: {reason}",
@@ -61,6 +62,10 @@ def load_model(
     source = {"resolved": name if name in PACKAGED_MODELS else str(where), "revision": revision or ""}
     if name in PACKAGED_MODELS:
         source["gguf_sha256"] = PACKAGED_MODELS[name].gguf_sha256
+    if prepend_bos and getattr(tokenizer, "bos_token_id", None) is None:
+        raise UndertowError(
+            f"a BOS before every text was asked for, and the tokenizer of {name} has none.", "Pass --no-prepend-bos."
+        )
     facts = {"source": source, "prepend_bos": bool(prepend_bos)}
     return LanguageModel.wrap(network, tokenizer, name, layers_path=layers_path, **facts)
 
@@ -75,9 +80,11 @@ def _read(where: str | Path, revision: str | None, dtype: torch.dtype, spread: d
         where = Path(hf_hub_download(f"{organisation}/{repository}", file, revision=revision))
     if isinstance(where, Path) and where.suffix == ".gguf":
         return read_gguf(where, dtype, **spread)
-    network = AutoModelForCausalLM.from_pretrained(
-        where, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, **spread
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        where, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **spread
     )
+    network, found = loaded
+    check_complete(network, found)
     return network, AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
 
 
@@ -94,10 +101,22 @@ def model_fingerprint(name: str, revision: str | None = None) -> str:
     if name in PACKAGED_MODELS:
         return PACKAGED_MODELS[name].gguf_sha256
     if isinstance(where, str):
-        return f"{where}@{revision or 'main'}"
+        return f"{where}@{_commit(where, revision)}"
     paths = [where] if where.is_file() else [path for path in where.iterdir() if path.is_file()]
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def _commit(name: str, revision: str | None) -> str:
+    """The commit that a revision of a model on the hub means now; the revision itself where that cannot be found out."""
+    from huggingface_hub import hf_hub_download
+
+    file = name.split("/", 2)[2] if HUB_FILE.fullmatch(name) else "config.json"
+    try:
+        path = hf_hub_download("/".join(name.split("/")[:2]), file, revision=revision)
+    except (OSError, ValueError):
+        return revision or "main"
+    return Path(path).parts[Path(path).parts.index("snapshots") + 1]
 
 
 def check_model_name(name: str, revision: str | None = None) -> None:

@@ -35,30 +35,42 @@ from undertow.sites import Site
 
 
 class _Bypassed(nn.Module):
-    """Stands in for a block that need not run; other attributes are those of the block."""
+    """Stands in for a block that need not run; other attributes, and whether it returns a tuple, are those of the block."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)
+        object.__setattr__(self, "_as_tuple", as_tuple)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "_block"), name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if object.__getattribute__(self, "_as_tuple") else hidden_states
 
 
 @contextmanager
-def _bypassed(model: LanguageModel, boundary: int) -> Iterator[None]:
+def _bypassed(model: LanguageModel, boundary: int, as_tuple: bool) -> Iterator[None]:
     layers = model.layers
     blocks = list(layers[:boundary])
     try:
         for index, block in enumerate(blocks):
-            layers[index] = _Bypassed(block)
+            layers[index] = _Bypassed(block, as_tuple)
         yield
     finally:
         for index, block in enumerate(blocks):
             layers[index] = block
+
+
+@contextmanager
+def _watched(model: LanguageModel) -> Iterator[list[bool]]:
+    """Whether blocks return tuples, as seen in the passes run inside the block."""
+    seen: list[bool] = []
+    handle = model.layers[0].register_forward_hook(lambda module, args, output: seen.append(isinstance(output, tuple)))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _copy_of(cache: DynamicCache | None, rows: Tensor | None = None) -> DynamicCache | None:
@@ -104,11 +116,12 @@ class SuffixPass:
         self._edits = [edit for edit in edits if edit.site >= site]
         self._cache: DynamicCache | None = None
         entering = Recorder(site)
-        with torch.no_grad():
+        with torch.no_grad(), _watched(model) as returned:
             if self.first:
                 self._cache = DynamicCache(config=model.config)
                 run(model, batch, edits, columns=(0, self.first), prompt_width=self.prompt_width, cache=self._cache)
             run(model, batch, [entering.edit, *edits], **self._slice())
+        self._as_tuple = returned[-1]
         self.entering: Float[Tensor, "batch slice d"] = entering.states
 
     def select(self, rows: Tensor) -> SuffixPass:
@@ -132,6 +145,6 @@ class SuffixPass:
             before: edits that run ahead of the defence's at their site.
             after: edits that run behind the defence's at their site.
         """
-        entry = Edit(self.site, lambda stream, where: self.entering.to(stream.device, stream.dtype))
-        with _bypassed(self.model, self.site.boundary):
+        entry = Edit(self.site, lambda stream, where: self.entering.to(stream.dtype))
+        with _bypassed(self.model, self.site.boundary, self._as_tuple):
             return run(self.model, self.batch, [entry, *before, *self._edits, *after], **self._slice())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from undertow.errors import UndertowError
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UndertowError(f"{path} cannot be read: {error}.", "It must be a JSON file beside the SAE's weights.") from error
     if not isinstance(found, dict):
         raise UndertowError(f"{path} holds no JSON object.", "It must be the configuration that came with the SAE.")
@@ -47,7 +47,7 @@ def refuse_pickle(path: Path) -> None:
     Raises:
         UndertowError: it has such a suffix; the message holds the command that converts it.
     """
-    if path.suffix not in PICKLED:
+    if path.suffix.lower() not in PICKLED:
         return
     target = path.with_suffix(".safetensors")
     code = (
@@ -79,7 +79,7 @@ class TensorFile:
         self._read_one = self._from_npz if path.suffix == ".npz" else self._from_safetensors
         try:
             self.shapes = _npz_shapes(path) if path.suffix == ".npz" else _safetensors_shapes(path)
-        except (OSError, SafetensorError, zipfile.BadZipFile, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged or hostile archive can make the libraries raise anything
             raise UndertowError(f"{path} cannot be read: {error}.", FETCH_AGAIN) from error
 
     def __contains__(self, name: str) -> bool:
@@ -107,8 +107,10 @@ class TensorFile:
             )
         try:
             tensor = self._read_one(name).float()
-        except (OSError, SafetensorError, zipfile.BadZipFile, ValueError, EOFError) as error:
+        except Exception as error:  # as above
             raise UndertowError(f"{self.path}: {name} cannot be read: {error}.", FETCH_AGAIN) from error
+        if tuple(tensor.shape) != shape:
+            raise UndertowError(f"{self.path}: {name} has another shape than its header says.", FETCH_AGAIN)
         if not torch.isfinite(tensor).all():
             raise UndertowError(f"{self.path}: {name} holds values that are NaN or infinite.", FETCH_AGAIN)
         return tensor
@@ -124,8 +126,14 @@ class TensorFile:
 
 def _safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     # The library itself checks that the header's offsets lie within the file.
+    shapes = {}
     with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118
+            header = file.get_slice(name)
+            if header.get_dtype() not in ("F64", "F32", "F16", "BF16", "I64", "I32"):
+                raise ValueError(f"{name} holds {header.get_dtype()}, not plain numbers")
+            shapes[name] = tuple(header.get_shape())
+    return shapes
 
 
 def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -133,6 +141,8 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
+            if name in shapes:
+                raise ValueError(f"{name} is there twice")
             if member.file_size > max(SMALL, MOST_COMPRESSION * member.compress_size):
                 raise ValueError(f"{name} claims {member.file_size} bytes and is stored in {member.compress_size}")
             with archive.open(member) as file:

@@ -7,7 +7,9 @@ runs); a folder on the hub (`org/repository/folder`). The format is recognised b
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from undertow.cache import sha256_of
 from undertow.errors import UndertowError
@@ -36,12 +39,16 @@ class Located:
 
     Attributes:
         folder: where its files are, or will be once fetched from the hub.
+        file: the weights file in it, where the user named one.
         on_hub: repository on the hub and folder in it, if it has to be fetched from there.
-        known: what a registry of releases says about it.
+        config: fields that a registry of releases sets in the SAE's own configuration.
+        known: what else it says about it.
     """
 
     folder: Path
+    file: str | None = None
     on_hub: tuple[str, str] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     known: Overrides = field(default_factory=Overrides)
 
 
@@ -81,22 +88,34 @@ def read_sae(name: str | None, model_name: str, *, revision: str | None = None, 
     """
     name = name or default_sae(model_name)
     located = _locate(name)
-    folder = _fetch(name, *located.on_hub, revision) if located.on_hub else located.folder
+    folder = _folder_of(name, located, revision)
     given = {key: value for key, value in overrides.items() if value is not None}
-    return canonical(recognise(folder).read(folder), name, replace(located.known, **given))
+    form = recognise(folder, located.file)
+    try:
+        return canonical(form.read(folder, located.config), name, replace(located.known, **given))
+    except (TypeError, AttributeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+        raise UndertowError(
+            f"{folder} is no sound SAE in {form.name}'s format: {error}.", "Fetch its configuration again."
+        ) from error
 
 
 def fitted(sae: SAE, model: LanguageModel) -> SAE:
     """The SAE on the device of its site, if it is of the model's width and at a site that the model has.
 
     Raises:
-        UndertowError: it is not.
+        UndertowError: it is not, or it is centred and the model one that TransformerLens does not centre.
     """
     sae.site.check(model.n_layers)
     if sae.d_model != model.d_model:
         raise UndertowError(
             f"SAE {sae.name} reads a residual stream of width {sae.d_model}, model {model.name} has {model.d_model}.",
             "They do not belong together; choose an SAE that was trained on this model.",
+        )
+    if sae.centred and not any(isinstance(module, nn.LayerNorm) for module in model.layers[0].modules()):
+        raise UndertowError(
+            f"SAE {sae.name} is said to read mean-centred residuals, but {model.name} has no layer norms, and "
+            "TransformerLens centres nothing in such a model.",
+            "Pass --raw-input.",
         )
     return sae.to(model.device_at(sae.site))
 
@@ -120,32 +139,41 @@ def check_sae_name(name: str | None, model_name: str) -> None:
 
 
 def sae_fingerprint(name: str | None, model_name: str, revision: str | None = None) -> str:
-    """What tells this SAE from another under the same name: the digest of its weights, or for one on the hub its address.
+    """What tells this SAE from another under the same name: a digest of its weights, configuration, and what a registry adds.
 
     Raises:
         UndertowError: it cannot be found.
     """
-    located = _locate(name or default_sae(model_name))
-    if located.on_hub:
-        return f"{'/'.join(located.on_hub)}@{revision or 'main'}"
-    return sha256_of(located.folder / recognise(located.folder).weights)
+    name = name or default_sae(model_name)
+    located = _locate(name)
+    folder = _folder_of(name, located, revision)
+    form = recognise(folder, located.file)
+    files = [folder / file for file in (form.weights, *form.others) if (folder / file).is_file()]
+    digests = [f"{file.name}:{sha256_of(file)}" for file in files]
+    return hashlib.sha256(repr((digests, located.config, located.known)).encode()).hexdigest()
+
+
+def _folder_of(name: str, located: Located, revision: str | None) -> Path:
+    if revision and not located.on_hub:
+        raise UndertowError(f"revision {revision!r} of SAE {name!r}: only SAEs on the hub have revisions.", "Leave it out.")
+    return _fetch(name, *located.on_hub, revision) if located.on_hub else located.folder
 
 
 def _locate(name: str) -> Located:
     if name in packaged_saes():
         return Located(packaged_saes()[name])
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return Located(path)
-    if path.is_file():
+    if os.path.isfile(path):
         refuse_pickle(path)
-        return Located(path.parent)
+        return Located(path.parent, path.name)
     release, _, sae_id = name.partition("/")
     if sae_id and release in _release_names():
         return _of_release(release, sae_id)
     if HUB_FOLDER.fullmatch(name) and not name.startswith("."):
         organisation, repository, folder = name.split("/", 2)
-        return Located(path, (f"{organisation}/{repository}", folder))
+        return Located(path, on_hub=(f"{organisation}/{repository}", folder))
     hint = "" if _registry_file() else " Releases of SAELens's registry (release/sae_id) need sae-lens to be installed."
     raise UndertowError(
         f"SAE {name!r} is not a folder.",
@@ -163,7 +191,7 @@ def _fetch(name: str, repository: str, folder: str, revision: str | None) -> Pat
     files = sorted({f"{folder}/{file}" for known in formats for file in (known.weights, *known.others)})
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files)) / folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UndertowError(
             f"SAE {name!r} cannot be fetched from the hub: {reason}", "Check the address, or pass a local folder."
@@ -194,12 +222,11 @@ def _of_release(release: str, sae_id: str) -> Located:
         raise UndertowError(f"release {release} has no SAE {sae_id!r}.", f"It has {len(found)}, among them {some}.")
     sae = found[sae_id]
     overrides = {**(entry.get("config_overrides") or {}), **(sae.get("config_overrides") or {})}
-    loading = overrides.get("model_from_pretrained_kwargs") or {}
     known = Overrides(
-        centre_input=True if loading.get("center_writing_weights") else None,
         release_scale=sae.get("norm_scaling_factor"), neuronpedia=sae.get("neuronpedia"),
     )  # fmt: skip
-    return Located(Path(str(sae["path"])), (str(entry["repo_id"]), str(sae["path"])), known)
+    where = (str(entry["repo_id"]), str(sae["path"]))
+    return Located(Path(where[1]), on_hub=where, config=overrides, known=known)
 
 
 def _release_entry(file: Path, release: str) -> dict[str, Any]:

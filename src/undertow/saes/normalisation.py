@@ -51,7 +51,7 @@ class LayerNorm(Normaliser):
 
     @override
     def removed(self, d_model: int) -> Float[Tensor, "d n"]:
-        return torch.ones(d_model, 1)
+        return torch.full((d_model, 1), d_model**-0.5)
 
 
 class ConstantNorm(Normaliser):

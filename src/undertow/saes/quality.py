@@ -111,7 +111,7 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
     losses = {"clean": 0.0, "reconstructed": 0.0, "zeroed": 0.0}
     predicted = real = active = 0.0
     explained = ExplainedVariance()
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=model.device)
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     for batch in text_batches(model, texts, tokens):
         suffix = SuffixPass(model, batch, sae.site, first_offset=None)
         stream = suffix.entering
@@ -141,5 +141,6 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
 def _loss(model: LanguageModel, batch: Batch, hidden: Tensor) -> float:
     """Summed next-token cross-entropy over the batch's real tokens."""
     keep = batch.mask[:, :-1]
-    logits = model.all_logits(hidden[:, :-1][keep])
-    return float(torch.nn.functional.cross_entropy(logits.float(), batch.ids[:, 1:][keep], reduction="sum"))
+    logits = model.all_logits(hidden[:, :-1][keep.to(hidden.device)])
+    targets = batch.ids[:, 1:][keep].to(logits.device)
+    return float(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))

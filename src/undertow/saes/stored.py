@@ -128,11 +128,12 @@ def canonical(stored: Stored, name: str, overrides: Overrides) -> SAE:
         b_enc = b_enc - b_dec @ encoder
     if stored.decoder_norm_units:
         norms = decoder.norm(dim=-1)
-        encoder, b_enc, decoder = encoder * norms, b_enc * norms, decoder / norms[:, None]
+        encoder, b_enc, decoder = encoder * norms, b_enc * norms, decoder / norms.clamp(min=1e-30)[:, None]
     if scale:
         encoder, decoder, b_dec = encoder * scale, decoder / scale, b_dec / scale
     if centred:
         encoder = encoder - encoder.mean(0)
+    _check_sound(stored, (encoder, b_enc, decoder, b_dec))
     return SAE(
         name=name, site=Site.parse(address), W_enc=encoder.float(), b_enc=b_enc.float(), W_dec=decoder.float(),
         b_dec=b_dec.float(), activation=activation, normaliser=stored.normaliser, norm_limit=stored.norm_limit,
@@ -143,6 +144,15 @@ def canonical(stored: Stored, name: str, overrides: Overrides) -> SAE:
             "sha256": sha256_of(stored.weights),
         },
     )  # fmt: skip
+
+
+def _check_sound(stored: Stored, tensors: tuple[Tensor, ...]) -> None:
+    thresholds = getattr(stored.activation, "thresholds", torch.zeros(1))
+    if not all(torch.isfinite(tensor.float()).all() for tensor in (*tensors, thresholds)):
+        raise UndertowError(f"{stored.weights}: the folded weights are not finite.", "The file is damaged; fetch it again.")
+    k, latents = getattr(stored.activation, "k", 1), stored.W_enc.shape[1]
+    if k > latents:
+        raise UndertowError(f"{stored.weights}: k is {k}, and there are {latents} latents.", "The file is damaged.")
 
 
 def batch_topk_threshold(value: float, latents: int) -> JumpReLU:

@@ -6,6 +6,7 @@ The library saves `ae.pt`, a pickle, which undertow does not open; the message t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ CLASSES = (
 )  # fmt: skip
 
 
-def read(folder: Path) -> Stored:
+def read(folder: Path, overrides: dict[str, Any]) -> Stored:
     """What a folder of `dictionary_learning` holds.
 
     Raises:
@@ -45,6 +46,8 @@ def read(folder: Path) -> Stored:
     return Stored(
         encoder, b_enc, decoder, file.take(bias, width), activation, file.path, "dictionary_learning",
         subtract_b_dec=kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"), site=_site(trainer, where),
+        # The library's own loader gives this class decoder rows of unit norm.
+        decoder_norm_units=kind == "AutoEncoder",
     )  # fmt: skip
 
 
@@ -67,12 +70,17 @@ def _encoder(
 
 
 def _site(trainer: dict[str, Any], where: Path) -> str | None:
-    """The residual stream after the trainer's layer, unless its submodule is named as something else."""
-    submodule = str(trainer.get("submodule_name") or "resid_post")
-    if not submodule.startswith("resid"):
-        raise UndertowError(f"{where}: submodule {submodule} is not of the residual stream.", "Choose one that is.")
-    layer = trainer.get("layer")
-    return f"blocks.{layer}.hook_resid_post" if isinstance(layer, int) else None
+    """The residual stream before or after the trainer's layer, as its submodule is named; `None` where it has no name."""
+    submodule, layer = trainer.get("submodule_name"), trainer.get("layer")
+    if submodule is None:
+        return None
+    match = re.match(r"resid_(pre|post)(?:_|$)", str(submodule))
+    if not match or not isinstance(layer, int):
+        raise UndertowError(
+            f"{where}: submodule {submodule!r} of layer {layer!r} is no place of the residual stream that is known.",
+            "Give the site with --site if it is one all the same, after setting submodule_name to null.",
+        )
+    return f"blocks.{layer}.hook_resid_{match[1]}"
 
 
 FORMATS.add("dictionary_learning", Format("dictionary_learning, converted", WEIGHTS, (CONFIG,), read))

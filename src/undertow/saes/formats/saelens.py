@@ -16,7 +16,7 @@ from torch import Tensor
 from undertow.errors import UndertowError
 from undertow.saes.activations import Activation, JumpReLU, ReLU, TopK
 from undertow.saes.files import TensorFile, read_json
-from undertow.saes.formats.base import FORMATS, Format, size
+from undertow.saes.formats.base import FORMATS, Format, flag, size
 from undertow.saes.normalisation import ConstantNorm, LayerNorm, Normaliser
 from undertow.saes.stored import Stored, batch_topk_threshold, gated
 
@@ -25,16 +25,17 @@ NORMALISERS: dict[str, type[Normaliser]] = {kind.name: kind for kind in (LayerNo
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 
 
-def read(folder: Path) -> Stored:
+def read(folder: Path, overrides: dict[str, Any]) -> Stored:
     """What a folder in SAELens's format holds.
 
     Raises:
         UndertowError: a file is missing or damaged, a shape or value is wrong, or the architecture is not supported.
     """
     where = folder / CONFIG
-    config = read_json(where)
-    metadata = config.get("metadata") or {}
-    facts = {**config, **metadata}
+    config = {**read_json(where), **overrides}
+    # Before version 6 everything lay flat, and a BOS in front was the default.
+    metadata = {"prepend_bos": True, **config} if "metadata" not in config else config["metadata"] or {}
+    facts = {**config, **metadata, **overrides}
     width, latents = size(config, "d_in", where), size(config, "d_sae", where)
     architecture = _architecture(config, where)
     _refuse_what_is_unfolded(config, where)
@@ -48,23 +49,30 @@ def read(folder: Path) -> Stored:
             "Fold it with SAELens (`fold_activation_whitening`) and save the SAE again; then nothing is left to ask for.",
         )
     card = read_json(folder / CARD) if (folder / CARD).exists() else {}
+    limit = card.get("norm_limit")
+    if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
+        raise UndertowError(f"{folder / CARD}: norm_limit is {limit!r}, expected a positive number.", "Mend the file.")
     loading = facts.get("model_from_pretrained_kwargs") or {}
     return Stored(
         encoder, b_enc, file.take("W_dec", latents, width), file.take("b_dec", width), activation, file.path, "saelens",
-        subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)),
-        decoder_norm_units=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        subtract_b_dec=flag(config, "apply_b_dec_to_input", True, where),
+        # The library honours it for these alone, whatever the configuration of the others says.
+        decoder_norm_units=architecture in ("topk", *BATCH_TOPK) and flag(config, "rescale_acts_by_decoder_norm", False, where),
         normaliser=NORMALISERS[normalisation]() if normalisation in NORMALISERS else None,
         scale_unknown=normalisation == "expected_average_only_in",
-        site=facts.get("hook_name") or facts.get("hook_point"), centred=bool(loading.get("center_writing_weights")),
-        prepend_bos=facts.get("prepend_bos"), neuronpedia=facts.get("neuronpedia_id"),
-        norm_limit=card.get("norm_limit"), card=card,
+        site=facts.get("hook_name") or facts.get("hook_point"),
+        # A layer norm takes the mean out by itself.
+        centred=flag(loading, "center_writing_weights", False, where) and normalisation != LayerNorm.name,
+        prepend_bos=flag(facts, "prepend_bos", False, where) if "prepend_bos" in facts else None,
+        neuronpedia=facts.get("neuronpedia_id"),
+        norm_limit=limit, card=card,
     )  # fmt: skip
 
 
 def _architecture(config: dict[str, Any], where: Path) -> str:
     architecture = config.get("architecture", "standard")
     function = config.get("activation_fn_str", config.get("activation_fn", "relu"))
-    if "transcoder" in str(architecture) or config.get("d_out", config.get("d_in")) != config.get("d_in"):
+    if "transcoder" in str(architecture) or (config.get("d_out") or config.get("d_in")) != config.get("d_in"):
         raise UndertowError(
             f"{where} is of a transcoder: it reads one place and writes what another computes, so it does not reconstruct the "
             "residual stream and no clamp with its error kept can be made of it.",
@@ -81,9 +89,11 @@ def _architecture(config: dict[str, Any], where: Path) -> str:
 
 
 def _normalisation(config: dict[str, Any]) -> str:
-    found = config.get("normalize_activations") or "none"
-    # Older files hold a boolean here.
-    return "expected_average_only_in" if found is True else str(found)
+    found = config.get("normalize_activations")
+    if isinstance(found, bool) or found is None:
+        # Older files hold a boolean here.
+        return "expected_average_only_in" if found else "none"
+    return str(found)
 
 
 def _refuse_what_is_unfolded(config: dict[str, Any], where: Path) -> None:
@@ -92,7 +102,7 @@ def _refuse_what_is_unfolded(config: dict[str, Any], where: Path) -> None:
         raise UndertowError(
             f"{where}: normalize_activations is {_normalisation(config)!r}, which is not known.", f"Known: {', '.join(known)}."
         )
-    if config.get("reshape_activations", "none") != "none":
+    if (config.get("reshape_activations") or "none") != "none":
         raise UndertowError(f"{where} is of an SAE of attention heads.", "Choose an SAE of the residual stream.")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from undertow.errors import UndertowError
 from undertow.saes.activations import TopK
@@ -17,7 +18,7 @@ from undertow.saes.stored import Stored
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
-def read(folder: Path) -> Stored:
+def read(folder: Path, overrides: dict[str, Any]) -> Stored:
     """What a folder in sparsify's format holds.
 
     Raises:
