@@ -26,7 +26,7 @@ from undertow.models.residual import Edit
 from undertow.models.suffix import SuffixPass
 from undertow.saes.sae import SAE
 
-WINDOW, MIN_WINDOW, BATCH_TOKENS, MASSIVE = 128, 12, 2048, 5.0
+WINDOW, MIN_WINDOW, BATCH_TOKENS, MASSIVE, LOGIT_ROWS = 128, 12, 2048, 5.0, 256
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,11 @@ def measure_quality(model: LanguageModel, sae: SAE, texts: list[str], tokens: in
 
 
 def _loss(model: LanguageModel, batch: Batch, hidden: Tensor) -> float:
-    """Summed next-token cross-entropy over the batch's real tokens."""
+    """Summed next-token cross-entropy over the batch's real tokens; a vocabulary of 262,144 asks for small pieces."""
     keep = batch.mask[:, :-1]
-    logits = model.all_logits(hidden[:, :-1][keep.to(hidden.device)])
-    targets = batch.ids[:, 1:][keep].to(logits.device)
-    return float(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+    rows, targets = hidden[:, :-1][keep.to(hidden.device)], batch.ids[:, 1:][keep]
+    total = 0.0
+    for piece, wanted in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        logits = model.all_logits(piece).float()
+        total += float(torch.nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum"))
+    return total
