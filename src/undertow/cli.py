@@ -162,7 +162,7 @@ def run(
 
         undertow run ioi --model ./my-model --sae ./my-sae --arms none,encoder
 
-        undertow run ioi --model smollm2 --model gemma3-270m      replication: two models, one table
+        undertow run ioi --features 150 --model smollm2 --model gemma3-270m      replication: two models, one table
 
         undertow run ioi --preset paper --model ./gpt2 --sae ./gpt2-small-res-jb --dry-run
     """

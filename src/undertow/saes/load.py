@@ -61,7 +61,7 @@ def packaged_saes() -> dict[str, Path]:
 
 
 def default_sae(model_name: str) -> str:
-    """The middle one of the SAEs packaged for a model.
+    """The middle one of the SAEs packaged for a model, the lower one of an even number.
 
     Raises:
         UndertowError: none is packaged for it.
@@ -69,7 +69,7 @@ def default_sae(model_name: str) -> str:
     names = [name for name in packaged_saes() if name.split("/")[0] == model_name]
     if not names:
         raise UndertowError(f"no SAE is packaged for model {model_name!r}.", "Name one with --sae FOLDER.")
-    return names[len(names) // 2]
+    return names[(len(names) - 1) // 2]
 
 
 def read_sae(name: str | None, model_name: str, *, revision: str | None = None, **overrides: Any) -> SAE:
