@@ -9,7 +9,7 @@ import transformers
 from conftest import random_batch, tiny_sae
 from families import CONFIGS, LAYERS, WINDOW, D, tiny_model
 from safetensors.torch import load_file, save_file
-from test_suffix import relative
+from test_suffix import assert_suffix_is_exact, relative
 from torch import nn
 
 from undertow.defences.clamp import Clamp
@@ -41,21 +41,8 @@ def test_the_list_of_tested_families_is_the_list_of_tests():
 @pytest.mark.parametrize("offsets", [(-1,), (-WINDOW - 2, -1)])
 def test_suffix(model, boundary, offsets):
     """Outputs and gradients of the suffix pass equal those of the full pass, under a clamp."""
-    batch, site = random_batch(lengths=(11, 9, 8)), Site(boundary)
     clamp = Clamp(tiny_sae(2, Site(min(boundary + 1, LAYERS))).features([0, 5, 9]), "set_if_active", -0.5)
-    slots = tuple(Slot(site, offset) for offset in offsets)
-    suffix = SuffixPass(model, batch, site, [clamp.edit()], min(offsets))
-    torch.manual_seed(0)
-    start, weight = torch.randn(batch.size, len(slots), D), torch.randn(batch.size, -min(offsets), D)
-    results = []
-    for fast in (True, False):
-        delta = start.clone().requires_grad_()
-        extra = perturbation_edits(slots, delta)
-        hidden = suffix(after=extra) if fast else run(model, batch, [clamp.edit(), *extra])[:, min(offsets) :]
-        (gradient,) = torch.autograd.grad((hidden * weight).sum(), delta)
-        results.append((hidden, gradient))
-    assert relative(results[0][0], results[1][0]) <= 1e-5
-    assert relative(results[0][1], results[1][1]) <= 1e-5
+    assert_suffix_is_exact(model, random_batch(lengths=(11, 9, 8)), Site(boundary), [clamp.edit()], offsets)
 
 
 def test_padding(model):

@@ -15,26 +15,30 @@ def relative(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("boundary", range(LAYERS + 1))
-@pytest.mark.parametrize("offsets", [(-1,), (-3, -1), (-5, -2)])
-def test_outputs_and_gradients_equal_the_full_pass(tiny, boundary, offsets):
-    batch, site = random_batch(), Site(boundary)
-    below, above = tiny_sae(1, Site(min(boundary, 1))), tiny_sae(2, Site(min(boundary + 1, LAYERS)))
-    clamps = [Clamp(sae.features([0, 5, 9]), "set_if_active", -0.5) for sae in (below, above)]
-    edits = [clamp.edit() for clamp in clamps]
+def assert_suffix_is_exact(model, batch, site, edits, offsets, size=1.0):
+    """Outputs and gradients of the suffix pass equal those of the full pass, with deltas of `size` at the offsets."""
     slots = tuple(Slot(site, offset) for offset in offsets)
-    suffix = SuffixPass(tiny, batch, site, edits, min(offsets))
-    torch.manual_seed(0)
-    start, weight = torch.randn(batch.size, len(slots), D), torch.randn(batch.size, -min(offsets), D)
+    suffix = SuffixPass(model, batch, site, edits, min(offsets))
+    generator = torch.Generator().manual_seed(0)
+    start = size * torch.randn(batch.size, len(slots), model.d_model, generator=generator)
+    weight = torch.randn(batch.size, -min(offsets), model.d_model, generator=generator)
     results = []
     for fast in (True, False):
         delta = start.clone().requires_grad_()
         extra = perturbation_edits(slots, delta)
-        hidden = suffix(after=extra) if fast else run(tiny, batch, [*edits, *extra])[:, min(offsets) :]
+        hidden = suffix(after=extra) if fast else run(model, batch, [*edits, *extra])[:, min(offsets) :]
         (gradient,) = torch.autograd.grad((hidden * weight).sum(), delta)
         results.append((hidden, gradient))
     assert relative(results[0][0], results[1][0]) <= 1e-5
     assert relative(results[0][1], results[1][1]) <= 1e-5
+
+
+@pytest.mark.parametrize("boundary", range(LAYERS + 1))
+@pytest.mark.parametrize("offsets", [(-1,), (-3, -1), (-5, -2)])
+def test_outputs_and_gradients_equal_the_full_pass(tiny, boundary, offsets):
+    below, above = tiny_sae(1, Site(min(boundary, 1))), tiny_sae(2, Site(min(boundary + 1, LAYERS)))
+    clamps = [Clamp(sae.features([0, 5, 9]), "set_if_active", -0.5) for sae in (below, above)]
+    assert_suffix_is_exact(tiny, random_batch(), Site(boundary), [clamp.edit() for clamp in clamps], offsets)
 
 
 def test_never_runs_below_the_site_nor_the_prefix(tiny):

@@ -141,13 +141,14 @@ def check_pairs(
 def check_pair(model: LanguageModel, sae: SAE, texts: list[str], tokens: int) -> Report:
     """All checks of a pair. An SAE whose input scale is not known is measured at an estimate, which is the first check."""
     checks = []
+    batches = list(text_batches(model, texts, PAIRING_TOKENS))
     if sae.scale_unknown:
-        scale = estimate_input_scale(model, sae, list(text_batches(model, texts, PAIRING_TOKENS)))
+        scale = estimate_input_scale(model, sae, batches)
         checks.append(Check("input scale (estimated; give it with --input-scale)", scale))
         sae = sae.rescaled(scale)
     quality = measure_quality(model, sae, texts, tokens)
     checks += _quality_checks(quality, sae)
-    checks += _pairing_checks(model, sae, list(text_batches(model, texts, PAIRING_TOKENS)))
+    checks += _pairing_checks(model, sae, batches)
     # Two prompts of different length, so that padding is exercised too.
     pieces = [ids[:length] for ids, length in zip(model.encode(texts[:2]), (24, 17), strict=False)]
     batch = Batch.of(pieces, model.special_ids, model.device)

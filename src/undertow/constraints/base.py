@@ -207,6 +207,7 @@ class Sphere(Constraint):
     def tangent(
         self, delta: Float[Tensor, "batch slot d"], direction: Float[Tensor, "batch slot d"]
     ) -> Float[Tensor, "batch slot d"]:
+        """The part of `direction` that is orthogonal to the forbidden directions and, in curved slots, to `r + delta`."""
         flat = self.subspace.project(direction.double())
         along = _unit(self.remainder + delta.double())
         bent = flat - along * (along * flat).sum(-1, keepdim=True)

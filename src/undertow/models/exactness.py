@@ -23,7 +23,7 @@ from undertow.models.suffix import SuffixPass
 from undertow.sites import Site
 
 # Largest relative error, by type of the weights.
-LIMITS = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
+LIMITS = {torch.float32: 1e-5, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 
 def exactness(model: LanguageModel, batch: Batch, site: Site) -> dict[str, float]:
