@@ -18,6 +18,7 @@ LAYERS = [
     {"controls", "measurement", "runlog", "setting", "report", "summary"},
     {"verdict"},
     {"audit", "preflight"},
+    {"arguments", "options"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -16,7 +16,30 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from undertow.arguments import feature_fields, nested, pairs_of_names, parse_list, settings_fields
 from undertow.errors import UndertowError
+from undertow.options import (
+    ATTACK,
+    CLAMP,
+    RUN,
+    SAE,
+    AsJson,
+    CentreInput,
+    Device,
+    Dtype,
+    InputScale,
+    LayersPath,
+    Model,
+    Models,
+    PrependBos,
+    Revision,
+    SAEName,
+    SAENames,
+    SAERevision,
+    Site,
+    Threads,
+    option,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,59 +72,6 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _parse_list(text: str | None, convert: type, field: str) -> list[Any] | None:
-    if text is None:
-        return None
-    try:
-        pieces = [convert(piece.strip()) for piece in text.split(",") if piece.strip()]
-        if pieces:
-            return pieces
-        raise ValueError
-    except ValueError:
-        raise UndertowError(
-            f"--{field} {text!r} is not a comma-separated list of {convert.__name__} values.", "Example: 1,2,3."
-        ) from None
-
-
-MODEL, SAE, CLAMP, ATTACK, RUN = "Model", "SAE and features", "Clamp", "Attack", "Run"
-MODEL_HELP = "packaged name, hub id, local folder, or GGUF file (default: smollm2)"
-SAE_HELP = "packaged name, local folder, release/id, or hub id/folder (default: packaged)"
-
-
-def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
-Model = Annotated[Optional[str], _option(help=MODEL_HELP, panel=MODEL)]
-SAEName = Annotated[Optional[str], _option("--sae", help=SAE_HELP, panel=SAE)]
-Models = Annotated[
-    Optional[list[str]], _option("--model", help=f"{MODEL_HELP}; again for a second model", panel=MODEL, metavar="<str>")
-]
-SAENames = Annotated[Optional[list[str]], _option("--sae", help=f"{SAE_HELP}; one for each model", panel=SAE, metavar="<str>")]
-Revision = Annotated[Optional[str], _option(help="hub revision of the model", panel=MODEL)]
-SAERevision = Annotated[Optional[str], _option(help="hub revision of the SAE", panel=SAE)]
-Site = Annotated[Optional[str], _option(help="overrides the SAE's own hook point: blocks.15.hook_resid_post", panel=SAE)]
-LayersPath = Annotated[
-    Optional[str], _option(help="where an unusual architecture keeps its blocks, e.g. model.blocks", panel=MODEL)
-]
-PrependBos = Annotated[
-    Optional[bool],
-    _option("--prepend-bos/--no-prepend-bos", help="BOS before texts if the tokenizer adds none (default: as the SAE says)",
-            panel=MODEL),
-]  # fmt: skip
-CentreInput = Annotated[
-    Optional[bool],
-    _option("--centre-input/--raw-input", help="the SAE reads mean-centred residuals (default: as its config says)", panel=SAE),
-]
-InputScale = Annotated[
-    Optional[float], _option(help="factor on the stream before encoding, where the SAE's files leave it open", panel=SAE)
-]
-Device = Annotated[Optional[str], _option(help="torch device, or auto to spread layers over all (default: cpu)", panel=MODEL)]
-Dtype = Annotated[Optional[str], _option(help="float32, bfloat16 or float16 (default: float32)", panel=MODEL)]
-Threads = Annotated[Optional[int], _option(help="CPU threads (default: one for each core)", panel=RUN, min=1)]
-AsJson = Annotated[bool, _option("--json", help="machine-readable output on stdout", panel=RUN)]
-
-
 @app.command()
 def run(
     task: Annotated[str, typer.Argument(help="the task: ioi")],
@@ -112,24 +82,24 @@ def run(
     site: Site = None,
     features: Annotated[
         Optional[str],
-        _option(help="how many attribution picks (20), or a list: indices (12,345; 77,) or Neuronpedia URLs", panel=SAE),
+        option(help="how many attribution picks (20), or a list: indices (12,345; 77,) or Neuronpedia URLs", panel=SAE),
     ] = None,
-    clamp: Annotated[Optional[str], _option(help="set, set_if_active, scale, zero, floor, cap", panel=CLAMP)] = None,
-    value: Annotated[Optional[float], _option(help="the clamp's value (factor for scale)", panel=CLAMP)] = None,
-    drop_error: Annotated[bool, _option("--drop-error", help="clamp without keeping the SAE error", panel=CLAMP)] = False,
-    positions: Annotated[Optional[str], _option(help="where the clamp acts: all, last, prompt, generated", panel=CLAMP)] = None,
+    clamp: Annotated[Optional[str], option(help="set, set_if_active, scale, zero, floor, cap", panel=CLAMP)] = None,
+    value: Annotated[Optional[float], option(help="the clamp's value (factor for scale)", panel=CLAMP)] = None,
+    drop_error: Annotated[bool, option("--drop-error", help="clamp without keeping the SAE error", panel=CLAMP)] = False,
+    positions: Annotated[Optional[str], option(help="where the clamp acts: all, last, prompt, generated", panel=CLAMP)] = None,
     arms: Annotated[
-        Optional[str], _option(help="attackers: none,encoder,encoder+decoder,published (default: all)", panel=ATTACK)
+        Optional[str], option(help="attackers: none,encoder,encoder+decoder,published (default: all)", panel=ATTACK)
     ] = None,
-    budgets: Annotated[Optional[str], _option(help="norm budgets, e.g. 0.05,0.1,0.2", panel=ATTACK)] = None,
-    budget_unit: Annotated[Optional[str], _option(help="relative (to ||h_def||) or absolute", panel=ATTACK)] = None,
-    order: Annotated[Optional[str], _option(help="clamp-then-delta or delta-then-clamp (strict)", panel=ATTACK)] = None,
-    steps: Annotated[Optional[int], _option(help="solver steps for each budget", panel=ATTACK)] = None,
-    prompts: Annotated[Optional[int], _option(help="evaluation prompts to try", panel=RUN)] = None,
-    names: Annotated[Optional[str], _option(help="ioi: your own single-token names, comma-separated", panel=RUN)] = None,
-    preset: Annotated[Optional[str], _option(help="paper, paper-as-published", panel=RUN)] = None,
-    config: Annotated[Optional[Path], _option(help="YAML file in the form that --dry-run prints", panel=RUN)] = None,
-    seed: Annotated[Optional[int], _option(help="seed of everything", panel=RUN)] = None,
+    budgets: Annotated[Optional[str], option(help="norm budgets, e.g. 0.05,0.1,0.2", panel=ATTACK)] = None,
+    budget_unit: Annotated[Optional[str], option(help="relative (to ||h_def||) or absolute", panel=ATTACK)] = None,
+    order: Annotated[Optional[str], option(help="clamp-then-delta or delta-then-clamp (strict)", panel=ATTACK)] = None,
+    steps: Annotated[Optional[int], option(help="solver steps for each budget", panel=ATTACK)] = None,
+    prompts: Annotated[Optional[int], option(help="evaluation prompts to try", panel=RUN)] = None,
+    names: Annotated[Optional[str], option(help="ioi: your own single-token names, comma-separated", panel=RUN)] = None,
+    preset: Annotated[Optional[str], option(help="paper, paper-as-published", panel=RUN)] = None,
+    config: Annotated[Optional[Path], option(help="YAML file in the form that --dry-run prints", panel=RUN)] = None,
+    seed: Annotated[Optional[int], option(help="seed of everything", panel=RUN)] = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -138,16 +108,16 @@ def run(
     centre_input: CentreInput = None,
     input_scale: InputScale = None,
     accept_pairing: Annotated[
-        bool, _option("--accept-pairing", help="go on although the SAE fits another site or scaling better", panel=SAE)
+        bool, option("--accept-pairing", help="go on although the SAE fits another site or scaling better", panel=SAE)
     ] = False,
     settings: Annotated[
         Optional[list[str]],
-        _option("--set", help="any other field, e.g. --set audit.min_flips=20; repeatable", panel=RUN, metavar="<field=value>"),
+        option("--set", help="any other field, e.g. --set audit.min_flips=20; repeatable", panel=RUN, metavar="<field=value>"),
     ] = None,
     out: Annotated[
-        Optional[Path], _option(help="run folder, or with several models their parent (default: runs/TASK-DIGEST)", panel=RUN)
+        Optional[Path], option(help="run folder, or with several models their parent (default: runs/TASK-DIGEST)", panel=RUN)
     ] = None,
-    dry_run: Annotated[bool, _option("--dry-run", help="print the resolved configuration and stop", panel=RUN)] = False,
+    dry_run: Annotated[bool, option("--dry-run", help="print the resolved configuration and stop", panel=RUN)] = False,
     as_json: AsJson = False,
 ) -> None:
     """Audit a clamp: choose features, clamp them, attack, verify, judge.
@@ -177,71 +147,20 @@ def run(
             "sae.revision": sae_revision, "sae.input_scale": input_scale, "sae.accept_pairing": accept_pairing or None,
             "clamp.rule": clamp, "clamp.value": value, "clamp.keep_error": False if drop_error else None,
             "clamp.positions": positions,
-            "attack.arms": _parse_list(arms, str, "arms"), "attack.budgets": _parse_list(budgets, float, "budgets"),
+            "attack.arms": parse_list(arms, str, "arms"), "attack.budgets": parse_list(budgets, float, "budgets"),
             "attack.budget_unit": budget_unit, "attack.order": order, "attack.steps": steps,
-            "data.prompts": prompts, "data.names": _parse_list(names, str, "names"), "seed": seed,
-            "threads": threads, **_feature_fields(features), **_settings(settings),
+            "data.prompts": prompts, "data.names": parse_list(names, str, "names"), "seed": seed,
+            "threads": threads, **feature_fields(features), **settings_fields(settings),
         }  # fmt: skip
         data = TASKS.get(task).data
         resolved = [
-            resolve(task, data, preset=preset, file=config, overrides=_nested({**overrides, **pair}))
-            for pair in _pairs(model, sae, overrides)
+            resolve(task, data, preset=preset, file=config, overrides=nested({**overrides, **pair}))
+            for pair in pairs_of_names(model, sae, overrides)
         ]
         if dry_run:
             typer.echo("---\n".join(_as_yaml(one.model_dump(mode="json")) for one in resolved), nl=False)
             return
         _run_and_print(resolved, out, as_json)
-
-
-def _pairs(models: list[str] | None, saes: list[str] | None, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Names of model and SAE for each run that was asked for; `fields` must fit them all."""
-    single = ("model.revision", "model.layers_path", "sae.revision", "sae.site", "sae.input_scale", "features.indices")
-    own = [field for field in single if fields.get(field)]
-    if saes and len(saes) != len(models or [None]):
-        raise UndertowError(
-            f"{len(saes)} SAEs were given for {len(models or [None])} models.", "Give one --sae for each --model, or none."
-        )
-    named: list[str | None] = list(models or [None])
-    if len(set(named)) > 1 and own:
-        raise UndertowError(f"{', '.join(own)} cannot be meant for {len(named)} models.", "Run them one by one.")
-    if len(set(named)) < len(named) and not saes:
-        raise UndertowError("the same model was given twice.", "Give different models, or an --sae for each.")
-    return [{"model.name": m, "sae.name": s} for m, s in zip(named, saes or [None] * len(named), strict=True)]
-
-
-def _settings(texts: list[str] | None) -> dict[str, Any]:
-    """`attack.offsets=[-2,-1]` as a field and its value, read as YAML."""
-    import yaml
-
-    fields = {}
-    for text in texts or []:
-        field, equals, value = text.partition("=")
-        if not equals or not field.strip():
-            raise UndertowError(f"--set {text!r} is not of the form FIELD=VALUE.", "Example: --set audit.min_flips=20.")
-        try:
-            fields[field.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UndertowError(f"--set {text!r}: the value is not YAML.", "Quote it, or use a config file.") from None
-    return fields
-
-
-def _feature_fields(text: str | None) -> dict[str, Any]:
-    """`20` is a count; a list, which one index makes with a trailing comma, is the features themselves, as are addresses."""
-    from undertow.saes.neuronpedia import is_address, parse_address
-
-    if text is not None and is_address(text):
-        addresses = [parse_address(piece) for piece in text.split(",") if piece.strip()]
-        sources = {address.sae for address in addresses}
-        if len(sources) > 1:
-            raise UndertowError(f"--features are of several SAEs: {', '.join(sorted(sources))}.", "Give those of one.")
-        indices = [address.index for address in addresses]
-        return {"features.method": "given", "features.indices": indices, "features.neuronpedia": sources.pop()}
-    features = _parse_list(text, int, "features")
-    if features is None or text is None:
-        return {}
-    if "," not in text:
-        return {"features.method": "attribution", "features.count": features[0], "features.indices": []}
-    return {"features.method": "given", "features.indices": features}
 
 
 def _run_and_print(configs: list[Any], out: Path | None, as_json: bool) -> None:
@@ -375,7 +294,6 @@ def check(
     with _user_errors():
         _quiet()
         from undertow.config import ModelConfig, SAEConfig, validated
-        from undertow.preflight import check_pairs
 
         given = {
             "model.name": model, "model.revision": revision, "model.device": device, "model.dtype": dtype,
@@ -383,7 +301,7 @@ def check(
             "sae.name": sae, "sae.revision": sae_revision, "sae.site": site, "sae.centre_input": centre_input,
             "sae.input_scale": input_scale,
         }  # fmt: skip
-        sections = _nested(given)
+        sections = nested(given)
         reports = check_pairs(
             validated(ModelConfig, sections.get("model", {})), validated(SAEConfig, sections.get("sae", {})),
             text=text, tokens=tokens, everything=everything, write_card=write_card, threads=threads,
@@ -457,22 +375,6 @@ def schema(task: Annotated[str, typer.Argument(help="the task")] = "ioi") -> Non
         from undertow.tasks.base import TASKS
 
         typer.echo(json.dumps(RunConfig[TASKS.get(task).data].model_json_schema(), indent=2))
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys to nested dictionaries, leaving out what was not given."""
-    nested: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        if value is None:
-            continue
-        *parents, last = dotted.split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise UndertowError(f"{parent} is given both as a whole and by its fields.", "Give one of them.")
-        place[last] = value
-    return nested
 
 
 def _as_yaml(data: dict[str, Any]) -> str:
