@@ -302,6 +302,8 @@ def check(
             "sae.input_scale": input_scale,
         }  # fmt: skip
         sections = nested(given)
+        from undertow.preflight import check_pairs
+
         reports = check_pairs(
             validated(ModelConfig, sections.get("model", {})), validated(SAEConfig, sections.get("sae", {})),
             text=text, tokens=tokens, everything=everything, write_card=write_card, threads=threads,
