@@ -294,6 +294,7 @@ def check(
     with _user_errors():
         _quiet()
         from undertow.config import ModelConfig, SAEConfig, validated
+        from undertow.preflight import check_pairs
 
         given = {
             "model.name": model, "model.revision": revision, "model.device": device, "model.dtype": dtype,
@@ -302,8 +303,6 @@ def check(
             "sae.input_scale": input_scale,
         }  # fmt: skip
         sections = nested(given)
-        from undertow.preflight import check_pairs
-
         reports = check_pairs(
             validated(ModelConfig, sections.get("model", {})), validated(SAEConfig, sections.get("sae", {})),
             text=text, tokens=tokens, everything=everything, write_card=write_card, threads=threads,
