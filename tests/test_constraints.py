@@ -120,6 +120,16 @@ def test_a_normalising_sae_has_a_curved_constraint(seed, budget, normaliser):
     assert leaks[1] <= max(leaks[0] / 50, 1e-5)
 
 
+def test_a_curved_constraint_needs_two_free_dimensions():
+    """With one, the sphere is two points, and the solver would have nowhere to go."""
+    for count, forbidden in ((D - 3, False), (D - 2, True)):
+        sae = replace(tiny_sae(), normaliser=LayerNorm())
+        slots = (Slot(sae.site, -1),)
+        # The mean, which the normalisation removes, is one more direction.
+        constraint = CONSTRAINTS.get("encoder")(slots, {sae.site: sae.features(range(count))})
+        assert constraint.forbids_everything is forbidden
+
+
 def test_a_curved_constraint_without_streams_says_so():
     sae = replace(tiny_sae(), normaliser=LayerNorm())
     constraint = CONSTRAINTS.get("encoder")((Slot(sae.site, -1),), {sae.site: sae.features([1])})

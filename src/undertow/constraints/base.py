@@ -168,8 +168,9 @@ class Sphere(Constraint):
 
     def __init__(self, subspace: Subspace, curved: list[bool], remainder: Float[Tensor, "batch slot d"] | None = None) -> None:
         self.subspace, self.curved, self._remainder = subspace, curved, remainder
-        # A sphere in one dimension is two points, of which one is no perturbation.
-        self.forbids_everything = all(basis is not None and basis.shape[1] >= len(basis) - 1 for basis in subspace.bases)
+        # A sphere in one dimension is two points, of which one is no perturbation: a curved slot needs two free dimensions.
+        bases = zip(subspace.bases, curved, strict=True)
+        self.forbids_everything = all(basis is not None and basis.shape[1] >= len(basis) - bent for basis, bent in bases)
 
     @override
     def at(self, stream: Float[Tensor, "batch slot d"]) -> Sphere:
